@@ -1,0 +1,119 @@
+"""EDiT on diffusers transformers, through their attention processors."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from .attention import Grid
+from .backbones import identify_module
+from .errors import EDiTModelError
+from .layers import format_layers
+from .processors import Processor
+from .weights import EDiTWeights
+
+__all__ = ["EDiTHandle", "apply_edit"]
+
+logger = logging.getLogger(__name__)
+
+
+class EDiTHandle:
+    """An applied EDiT; :meth:`remove` undoes it. As a context manager it does so at the end of the block."""
+
+    def __init__(self, transformer: nn.Module, blocks: tuple[int, ...], sides: nn.ModuleDict) -> None:
+        self.blocks = blocks
+        """The blocks that are linear."""
+        self.sides = sides
+        """The side modules, `sides[str(block)][site]`: what a training would optimise."""
+        self._grid: Grid | None = None
+        self._said: set[str] = set()
+        self._replaced: list[tuple[Any, Any]] = []
+        self._hooks = [
+            transformer.register_forward_pre_hook(self._enter, with_kwargs=True),
+            transformer.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        latent = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        height, width = latent.shape[-2:]
+        patch = transformer.config.patch_size
+        if height % patch or width % patch:
+            raise EDiTModelError(
+                f"a latent of {height}x{width} cannot be cut into {patch}x{patch} patches; "
+                f"make both sides multiples of {patch}"
+            )
+        self._grid = (height // patch, width // patch)
+
+    def _leave(self, *_: Any) -> None:
+        self._grid = None
+
+    def _stay_dense(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("EDiT: stays dense: %s", reason)
+
+    def _install(self, attention: Any, processor_class: type[nn.Module], side: nn.Module) -> None:
+        dense = attention.processor
+        attention.set_processor(processor_class(side, dense, lambda: self._grid, self._stay_dense))
+        self._replaced.append((attention, dense))
+
+    def remove(self) -> None:
+        """Puts the original processors back; the transformer's outputs are then bit-equal to before. Idempotent."""
+        for attention, dense in self._replaced:
+            attention._modules.pop("processor", None)  # ours is a module, and set_processor would warn of losing it
+            attention.set_processor(dense)
+        self._replaced.clear()
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> EDiTHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all") -> EDiTHandle:
+    """Makes a diffusers transformer run EDiT (PixArt-Σ) or MM-EDiT (SD3.5-M) with these weights.
+
+    Works under `PixArtSigmaPipeline` and `StableDiffusion3Pipeline`, which call the transformer as before. The side
+    weights take the transformer's device and dtype, and follow it where it moves.
+
+    Args:
+        transformer: a `PixArtTransformer2DModel` or `SD3Transformer2DModel`.
+        weights: EDiT weights for it.
+        layers: the blocks to make linear: `"all"`, `"none"` or a list such as `"0, 3-9, 27"`.
+
+    Returns:
+        A handle whose `remove()` restores the transformer.
+
+    Raises:
+        EDiTModelError: not such a transformer, or EDiT is applied to it already.
+        EDiTWeightsError: the weights do not fit it.
+        EDiTError: a bad `layers` text.
+    """
+    base = identify_module(transformer)
+    if base.host != "diffusers":
+        raise EDiTModelError(f"apply_edit takes a diffusers transformer, and this is {base}")
+    blocks = weights.choose(layers, base)
+    if any(isinstance(module, Processor) for module in transformer.modules()):
+        raise EDiTModelError("EDiT is applied to this transformer already; call remove() on its handle first")
+    if warning := weights.warning(transformer, base):
+        logger.warning("EDiT: %s", warning)
+    sides, state = weights.build(blocks, device=transformer.device, dtype=transformer.dtype)
+    sides.load_state_dict(state)
+    sides.requires_grad_(False).train(transformer.training)
+    handle = EDiTHandle(transformer, blocks, sides)
+    for block in blocks:
+        for site, side in sides[str(block)].items():  # type: ignore[operator]
+            attention = base.backbone.diffusers_attention(transformer, block, site)
+            handle._install(attention, base.backbone.diffusers_processor(site), side)
+    dense = set(range(base.depth)) - set(blocks)
+    if dense:
+        logger.info("EDiT: blocks %s stay dense: not listed or without weights", format_layers(dense))
+    return handle

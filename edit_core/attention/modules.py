@@ -1,0 +1,88 @@
+"""The two side modules of EDiT: ConvFusion enriches the queries, SpatialCompressor gathers the keys and values.
+
+Tokens `(B, N, C)` over an `(H, W)` grid are NHWC memory: the convolutions run on channels-last views of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import EDiTConfig
+
+__all__ = ["ConvFusion", "Grid", "LayerFactory", "SpatialCompressor", "as_nchw", "as_tokens"]
+
+Grid = tuple[int, int]
+
+
+class LayerFactory(Protocol):
+    """Where layers come from: `torch.nn`, or a host's own namespace (ComfyUI's casts weights to the input's dtype)."""
+
+    Linear: Any
+    Conv2d: Any
+    GroupNorm: Any
+
+
+def as_nchw(tokens: Tensor, grid: Grid) -> Tensor:
+    """`(B, N, C)` -> `(B, C, H, W)`, a channels-last view."""
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def as_tokens(image: Tensor) -> Tensor:
+    """`(B, C, H, W)` in channels-last memory -> `(B, N, C)`, a view."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class ConvFusion(nn.Module):
+    """Adds what a token's neighbours know to its query.
+
+    `q + Conv1x1(LeakyReLU(GroupNorm(Conv3x3(x))))`: the paper's ConvFusion with its 1x1 convolution moved behind the
+    base model's query projection, `Linear(X + Conv1x1(u)) = q + (W·W_up) u + W·b_up`, so that the base keeps its own
+    linear. Source: arXiv 2503.16726; the order of operations (and the equal function) is ours.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        config: EDiTConfig,
+        layers: LayerFactory = nn,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = config.hidden(dim)
+        self.down = layers.Conv2d(dim, hidden, 3, padding=1, device=device, dtype=dtype)
+        self.norm = layers.GroupNorm(math.gcd(config.groups, hidden), hidden, device=device, dtype=dtype)
+        self.up = layers.Linear(hidden, dim, device=device, dtype=dtype)  # a 1x1 convolution over tokens
+
+    def forward(self, x: Tensor, q: Tensor, grid: Grid) -> Tensor:
+        u = self.down(as_nchw(x, grid))  # (B, C/r, H, W)
+        u = F.leaky_relu(self.norm(u))  # (B, C/r, H, W)
+        return q + self.up(as_tokens(u))  # (B, N, C)
+
+
+class SpatialCompressor(nn.Module):
+    """A depthwise 3x3 convolution with a stride: `(B, N, C)` keys or values -> `(B, ceil(H/s)·ceil(W/s), C)`.
+
+    Source: arXiv 2503.16726; the linear in front of it is the base model's own projection.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        config: EDiTConfig,
+        layers: LayerFactory = nn,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = layers.Conv2d(
+            dim, dim, 3, stride=config.kv_stride, padding=1, groups=dim, device=device, dtype=dtype
+        )
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        return as_tokens(self.conv(as_nchw(tokens, grid)))  # (B, M, C)

@@ -1,0 +1,119 @@
+"""Stable Diffusion 3.5-Medium (MMDiT-X): joint attention of image and prompt, plus an image-only `attn2` in some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..attention import EDiTAttention, Grid, Projections
+from ..processors import JointProcessor, SelfProcessor
+from .base import Backbone, Base, HostCall, Shapes, count_blocks
+
+_OUTPUT_BIAS = {
+    "comfy": "joint_blocks.{}.x_block.attn.proj.bias",
+    "diffusers": "transformer_blocks.{}.attn.to_out.0.bias",
+}
+_SECOND_BIAS = {
+    "comfy": "joint_blocks.{}.x_block.attn2.proj.bias",
+    "diffusers": "transformer_blocks.{}.attn2.to_out.0.bias",
+}
+_PROMPT_BIAS = {
+    "comfy": "joint_blocks.{}.context_block.attn.qkv.bias",
+    "diffusers": "transformer_blocks.{}.attn.add_k_proj.bias",
+}
+
+
+class SD35Medium(Backbone):
+    name = "sd35_medium"
+    title = "Stable Diffusion 3.5-Medium"
+
+    def match(self, shapes: Shapes) -> Base | None:
+        for host, bias in _OUTPUT_BIAS.items():
+            depth = count_blocks(shapes, bias)
+            sites = tuple(
+                ("joint", "self") if _SECOND_BIAS[host].format(block) in shapes else ("joint",)
+                for block in range(depth)
+            )
+            if any("self" in names for names in sites) and _PROMPT_BIAS[host].format(0) in shapes:
+                return Base(self, host, shapes[bias.format(0)][0], sites)
+        return None
+
+    def output_bias(self, base: Base, block: int) -> str:
+        return _OUTPUT_BIAS[base.host].format(block)
+
+    def diffusers_attention(self, transformer: nn.Module, block: int, site: str) -> Any:
+        return transformer.get_submodule(f"transformer_blocks.{block}.{'attn' if site == 'joint' else 'attn2'}")
+
+    def diffusers_processor(self, site: str) -> type[nn.Module]:
+        return JointProcessor if site == "joint" else SelfProcessor
+
+    def comfy_path(self, block: int) -> str:
+        return f"joint_blocks.{block}"
+
+    def comfy_grid(self, height: int, width: int) -> Grid:
+        return (height + 1) // 2, (width + 1) // 2  # odd latents are padded, and the output cropped
+
+    def comfy_image_tokens(self, context: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> int:
+        return x.shape[1]
+
+    def comfy_forward(
+        self,
+        module: Any,
+        sides: Mapping[str, EDiTAttention],
+        call: HostCall,
+        context: Tensor,
+        x: Tensor,
+        c: Tensor,
+        transformer_options: Mapping[str, Any] = {},
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor]:
+        prompt_block, image_block = module.context_block, module.x_block
+        heads = image_block.attn.num_heads
+        softmax = partial(_comfy_softmax, call.softmax, transformer_options)
+
+        (q_p, k_p, v_p), prompt_rest = prompt_block.pre_attention(context, c)  # qk-norm done; v is (B, P, h, d)
+        chunks = 9 if "self" in sides else 6
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = image_block.adaLN_modulation(c).chunk(chunks, 1)
+        normed = image_block.norm1(x)  # (B, N, C)
+
+        modulated = _modulate(normed, shift, scale)  # (B, N, C)
+        y_image, y_prompt = sides["joint"](
+            modulated,
+            _projections(image_block.attn, modulated),
+            Projections(q_p, k_p, v_p.flatten(2)),
+            call.grid,
+            heads,
+            image_block.attn.ln_q,
+            image_block.attn.ln_k,
+            softmax,
+            prompt_rows=not prompt_block.pre_only,
+        )  # (B, N, C), (B, P, C)
+        context_out = prompt_block.post_attention(y_prompt, *prompt_rest) if y_prompt is not None else None
+        if not second:
+            return context_out, image_block.post_attention(y_image, x, gate, shift_mlp, scale_mlp, gate_mlp)
+
+        shift2, scale2, gate2 = second
+        modulated2 = _modulate(normed, shift2, scale2)  # (B, N, C)
+        attn2 = image_block.attn2
+        y_self = sides["self"](modulated2, _projections(attn2, modulated2), call.grid, heads, attn2.ln_q, attn2.ln_k)
+        rest = (x, gate, shift_mlp, scale_mlp, gate_mlp, gate2)
+        return context_out, image_block.post_attention_x(y_image, y_self, *rest)
+
+
+def _projections(attn: Any, x: Tensor) -> Projections:
+    return Projections(*attn.qkv(x).chunk(3, dim=-1))
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def _comfy_softmax(attention: Any, options: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    # With the options ComfyUI's own attention overrides (its ModelAttentionBackend node, other packs) reach us too.
+    return attention(q, k, v, heads=heads, transformer_options=options)
+
+
+BACKBONE = SD35Medium()

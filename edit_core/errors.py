@@ -1,0 +1,19 @@
+"""Errors that a user can cause and mend: each message is one sentence that says what was found and what to do."""
+
+__all__ = ["EDiTConfigError", "EDiTError", "EDiTModelError", "EDiTWeightsError"]
+
+
+class EDiTError(ValueError):
+    """A mistake that the user can mend. The message is complete: no traceback is needed to act on it."""
+
+
+class EDiTConfigError(EDiTError):
+    """A field of :class:`edit_core.EDiTConfig` has a wrong name or value."""
+
+
+class EDiTModelError(EDiTError):
+    """A base model is not one that EDiT knows, or cannot be used as asked."""
+
+
+class EDiTWeightsError(EDiTError):
+    """An EDiT weights file is unreadable, incomplete, or made for another base."""

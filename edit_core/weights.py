@@ -1,0 +1,332 @@
+"""EDiT weights: the side weights of a student, what they were made for, and the file that holds them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .attention import SITES, LayerFactory
+from .backbones import BACKBONES, Base, identify_module
+from .config import EDiTConfig
+from .errors import EDiTConfigError, EDiTWeightsError
+from .layers import format_layers, parse_layers
+
+__all__ = ["EDiTWeights", "LoadReport", "build_sides"]
+
+FORMAT = "edit"
+FORMAT_VERSION = "1"
+_NAME = re.compile(r"(\d{1,6})\.(self|joint)\.(.+)")
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SAMPLES = 8  # bias values per block in a base's fingerprint
+_SAME_BASE = 0.5  # relative distance of fingerprints; unrelated bases are near 1.4, an fp8 copy is under 0.2
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a weights file had too much of, for the reader to print."""
+
+    blocks: tuple[int, ...]
+    unexpected: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"blocks {format_layers(self.blocks)}"]
+        if self.unexpected:
+            shown = ", ".join(self.unexpected[:5]) + (", ..." if len(self.unexpected) > 5 else "")
+            lines.append(f"{len(self.unexpected)} unexpected tensors ignored: {shown}")
+        return "; ".join(lines)
+
+
+def build_sides(
+    dim: int,
+    sites: Mapping[int, Iterable[str]],
+    config: EDiTConfig,
+    layers: LayerFactory = nn,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.ModuleDict:
+    """The modules of a student, `sides[str(block)][site]`; their state dict has a weights file's names."""
+    return nn.ModuleDict(
+        {
+            str(block): nn.ModuleDict({site: SITES[site](dim, config, layers, device, dtype) for site in names})
+            for block, names in sites.items()
+        }
+    )
+
+
+@dataclass
+class EDiTWeights:
+    """A student's side weights, on the CPU, and what they were made for."""
+
+    backbone: str
+    """`pixart_sigma` or `sd35_medium`."""
+    config: EDiTConfig
+    tensors: dict[str, Tensor]
+    """`<block>.<site>.<tensor>`, float32, float16 or bfloat16."""
+    base_hash: str
+    """A fingerprint of the base (see :func:`fingerprint`)."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """How they were trained; empty for untrained ones."""
+
+    @classmethod
+    def init(
+        cls, transformer: nn.Module, config: EDiTConfig | None = None, layers: str = "all", seed: int = 0
+    ) -> EDiTWeights:
+        """Weights that make the student start near its teacher (ours; the paper states no initialisation).
+
+        `Conv1x1'` starts at zero, so that ConvFusion starts as the teacher's query; the compressors start as the 3x3
+        binomial low-pass, so that keys and values start as a smoothed down-sampling of the teacher's (without a
+        stride, as the teacher's own). Nothing of the teacher's weights is copied: its layers stay its own.
+
+        Args:
+            transformer: the teacher, a diffusers transformer or a ComfyUI `diffusion_model`.
+            config: the student's choices.
+            layers: the blocks to make weights for, `"all"` or `"0, 3-9"`.
+            seed: seeds the 3x3 convolutions, the only random part.
+
+        Raises:
+            EDiTModelError: not a transformer that EDiT knows.
+            EDiTError: a bad `layers` text.
+        """
+        config = config or EDiTConfig()
+        base = identify_module(transformer)
+        chosen = {block: base.sites[block] for block in parse_layers(layers, base.depth)}
+        sides = build_sides(base.dim, chosen, config, device=torch.device("meta"))
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {name: _initial(name, tuple(t.shape), config, generator) for name, t in sides.state_dict().items()}
+        return cls(base.backbone.name, config, tensors, fingerprint(transformer, base))
+
+    @property
+    def sites(self) -> dict[int, tuple[str, ...]]:
+        """Which sites of which blocks there are weights for."""
+        found: dict[int, set[str]] = {}
+        for name in self.tensors:
+            block, site, _ = name.split(".", 2)
+            found.setdefault(int(block), set()).add(site)
+        return {block: tuple(sorted(found[block])) for block in sorted(found)}
+
+    @property
+    def dim(self) -> int:
+        """Channels `C` of the base that these were made for."""
+        return next(len(t) for name, t in self.tensors.items() if name.endswith("conv_fusion.up.weight"))
+
+    def build(
+        self,
+        blocks: Iterable[int],
+        layers: LayerFactory = nn,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[nn.ModuleDict, dict[str, Tensor]]:
+        """Empty side modules for some blocks, and the state dict to fill them with (strictly, by the caller)."""
+        wanted = {block: self.sites[block] for block in blocks}
+        modules = build_sides(self.dim, wanted, self.config, layers, device, dtype)
+        state = {n: t.to(dtype=dtype) for n, t in self.tensors.items() if int(n.split(".", 1)[0]) in wanted}
+        return modules, state
+
+    def check_base(self, base: Base) -> None:
+        """Whether these weights can run on a base at all.
+
+        Raises:
+            EDiTWeightsError: another backbone, another width, or blocks that the base does not have.
+        """
+        if self.backbone != base.backbone.name:
+            titles = {name: backbone.title for name, backbone in BACKBONES.items()}
+            raise EDiTWeightsError(
+                f"these EDiT weights are for {titles[self.backbone]}, but the model is {base.backbone.title}; "
+                "load weights made for this model"
+            )
+        if self.dim != base.dim:
+            raise EDiTWeightsError(
+                f"these EDiT weights are for a model of {self.dim} channels, but this one has {base.dim}"
+            )
+        for block, sites in self.sites.items():
+            if block >= base.depth or sites != tuple(sorted(base.sites[block])):
+                has = " and ".join(base.sites[block]) if block < base.depth else "no such block"
+                raise EDiTWeightsError(
+                    f"these EDiT weights hold block {block} ({' and '.join(sites)}), but the model has {has} there"
+                )
+
+    def choose(self, layers: str, base: Base) -> tuple[int, ...]:
+        """The blocks of `layers` for this base; `"all"` means all that these weights hold.
+
+        Raises:
+            EDiTWeightsError: the weights do not fit the base, or lack a block that was asked for by number.
+            EDiTError: a bad `layers` text.
+        """
+        self.check_base(base)
+        chosen = parse_layers(layers, base.depth)
+        if layers.strip().lower() == "all":
+            return tuple(self.sites)
+        if missing := sorted(set(chosen) - set(self.sites)):
+            raise EDiTWeightsError(
+                f"layers: these EDiT weights hold no block {format_layers(missing)}; "
+                f"they hold {format_layers(self.sites)}"
+            )
+        return chosen
+
+    def warning(self, transformer: nn.Module, base: Base) -> str | None:
+        """A sentence if the base's fingerprint is not the one that these weights were made for."""
+        distance = fingerprint_distance(self.base_hash, fingerprint(transformer, base))
+        if distance <= _SAME_BASE:
+            return None
+        return (
+            f"these EDiT weights were made for another base model (fingerprints differ by {distance:.2f}, the same "
+            f"base stays under {_SAME_BASE}); the pictures will probably be poor"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one `.safetensors` file; an existing file is replaced only once the new one is complete."""
+        path = Path(path)
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "backbone": self.backbone,
+            "config": self.config.to_json(),
+            "base_hash": self.base_hash,
+            "training": json.dumps(self.training),
+        }
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        try:
+            with open(part, "wb") as file:
+                file.write(save({name: t.contiguous() for name, t in self.tensors.items()}, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EDiTWeights:
+        """Reads a weights file. Nothing is unpickled, and nothing is allocated before the shapes are checked.
+
+        Raises:
+            EDiTWeightsError: the file cannot be read or is not what it should be; names the file, the tensor and the
+                numbers.
+        """
+        return cls.load_with_report(path)[0]
+
+    @classmethod
+    def load_with_report(cls, path: str | os.PathLike[str]) -> tuple[EDiTWeights, LoadReport]:
+        """:meth:`load`, with a report of what the file held."""
+        path = Path(path)
+        if not path.is_file():
+            raise EDiTWeightsError(f"{path}: there is no such file")
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                names = list(file.keys())
+                slices = {name: file.get_slice(name) for name in names}
+                header = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+                weights = cls._from_header(path, metadata, header)
+                expected = weights.tensors
+                weights.tensors = {name: file.get_tensor(name) for name in names if name in expected}
+        except SafetensorError as error:
+            raise EDiTWeightsError(f"{path}: not a complete safetensors file ({error})") from None
+        except OSError as error:
+            raise EDiTWeightsError(f"{path}: cannot be read ({error})") from None
+        unexpected = tuple(name for name in names if name not in weights.tensors)
+        return weights, LoadReport(tuple(weights.sites), unexpected)
+
+    @classmethod
+    def _from_header(
+        cls, path: Path, metadata: Mapping[str, str], header: Mapping[str, tuple[tuple[int, ...], str]]
+    ) -> EDiTWeights:
+        """Weights with `meta` tensors, all checked against what the config makes of them."""
+        if metadata.get("format") != FORMAT:
+            raise EDiTWeightsError(
+                f"{path}: not an EDiT weights file (its metadata says format={metadata.get('format')!r}, not 'edit')"
+            )
+        if metadata.get("format_version") != FORMAT_VERSION:
+            raise EDiTWeightsError(
+                f"{path}: format_version {metadata.get('format_version')!r} is unknown; this version reads "
+                f"{FORMAT_VERSION!r}, so update EDiT or convert the file"
+            )
+        if metadata.get("backbone") not in BACKBONES:
+            raise EDiTWeightsError(
+                f"{path}: backbone {metadata.get('backbone')!r} is unknown; known are {', '.join(BACKBONES)}"
+            )
+        try:
+            config = EDiTConfig.from_json(metadata.get("config", ""))
+            training = json.loads(metadata.get("training", "{}"))
+        except (EDiTConfigError, json.JSONDecodeError, RecursionError) as error:
+            raise EDiTWeightsError(f"{path}: its metadata is damaged: {error}") from None
+        ours = {name: match for name in header if (match := _NAME.fullmatch(name))}
+        up = next((name for name in ours if name.endswith("conv_fusion.up.weight")), None)
+        if up is None or len(header[up][0]) != 2:
+            raise EDiTWeightsError(f"{path}: holds no <block>.<site>.conv_fusion.up.weight; it has no EDiT weights")
+        dim, hidden = header[up][0]
+        if dim != hidden * config.compression or dim > 65536 or dim < 1:
+            raise EDiTWeightsError(
+                f"{path}: {up} is {dim}x{hidden}, but compression={config.compression} asks for "
+                f"{dim}x{dim // config.compression}"
+            )
+        found: dict[int, set[str]] = {}
+        for match in ours.values():
+            found.setdefault(int(match[1]), set()).add(match[2])
+        expected = build_sides(dim, found, config, device=torch.device("meta")).state_dict()
+        if missing := sorted(set(expected) - set(header)):
+            raise EDiTWeightsError(f"{path}: {len(missing)} tensors are missing, {missing[0]} among them")
+        for name, tensor in expected.items():
+            shape, dtype = header[name]
+            if shape != tuple(tensor.shape):
+                raise EDiTWeightsError(f"{path}: {name} is {_by(shape)}, but the config asks for {_by(tensor.shape)}")
+            if dtype not in _DTYPES:
+                raise EDiTWeightsError(f"{path}: {name} is {dtype}, but EDiT weights are {', '.join(_DTYPES)}")
+        if not isinstance(training, dict):
+            raise EDiTWeightsError(f"{path}: its metadata is damaged: training is not a JSON object")
+        return cls(str(metadata["backbone"]), config, expected, metadata.get("base_hash", ""), training)
+
+
+def _by(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
+
+
+def _initial(name: str, shape: tuple[int, ...], config: EDiTConfig, generator: torch.Generator) -> Tensor:
+    if name.endswith("conv_fusion.down.weight"):
+        bound = math.sqrt(6 / math.prod(shape[1:]))  # He initialisation for a ReLU-like activation
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    if name.endswith("conv_fusion.norm.weight"):
+        return torch.ones(shape)
+    if name.endswith(("compress_k.conv.weight", "compress_v.conv.weight")):
+        row = torch.tensor([0.0, 1.0, 0.0] if config.kv_stride == 1 else [0.25, 0.5, 0.25])
+        return torch.outer(row, row).expand(shape).clone()
+    return torch.zeros(shape)
+
+
+def fingerprint(transformer: nn.Module, base: Base) -> str:
+    """What a base's `base_hash` is: a few values of every block's attention output bias, as bfloat16 in base64.
+
+    Biases bear the same values in ComfyUI's, the original and diffusers' files, and stay unquantised in GGUF and
+    scaled fp8 files; values, unlike a digest, can be compared when the base was cast to another dtype.
+    """
+    state = transformer.state_dict()
+    samples = []
+    for block in range(base.depth):
+        bias = state[base.backbone.output_bias(base, block)]
+        places = torch.linspace(0, len(bias) - 1, _SAMPLES).round().long().to(bias.device)
+        samples.append(bias.detach()[places].float().cpu().bfloat16())
+    return base64.b64encode(torch.cat(samples).view(torch.uint8).numpy().tobytes()).decode()
+
+
+def fingerprint_distance(a: str, b: str) -> float:
+    """Relative distance of two fingerprints: 0 for the same base, near 1.4 for unrelated ones, inf for other sizes."""
+    try:
+        left, right = (torch.frombuffer(bytearray(base64.b64decode(t)), dtype=torch.bfloat16).float() for t in (a, b))
+    except ValueError:
+        return math.inf
+    if left.shape != right.shape:
+        return math.inf
+    scale = max(float(left.norm()), float(right.norm()))
+    return float((left - right).norm()) / scale if scale else 0.0

@@ -1,0 +1,121 @@
+"""Nodes that patch a MODEL, and that make weights for one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..edit_core import EDiTConfig, EDiTError, EDiTWeights
+from ..edit_core.layers import parse_layers
+from .patcher import apply_to_model, identify_model
+
+CATEGORY = "EDiT"
+Weights = io.Custom("EDIT_WEIGHTS")
+
+LAYERS_TOOLTIP = 'Transformer blocks: "all", "none", or a list such as "0, 3-9, 27".'
+
+
+def layers_input() -> io.String.Input:
+    return io.String.Input("layers", default="all", tooltip=LAYERS_TOOLTIP)
+
+
+def check_layers_text(layers: Any) -> bool | str:
+    """For `validate_inputs`: the text's form, before anything is loaded; how many blocks there are is seen later."""
+    try:
+        parse_layers(layers, depth=1_000_000)
+    except EDiTError as error:
+        return str(error)
+    return True
+
+
+class EDiTApply(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EDiTApply",
+            display_name="EDiT: Apply Linear Attention",
+            category=CATEGORY,
+            description="Replaces the softmax attention of PixArt-Σ or SD3.5-Medium by EDiT's linear attention. "
+            "Works with LoRA, ControlNet and sampling nodes before or after it; bypassing it undoes it.",
+            inputs=[
+                io.Model.Input("model", tooltip="A PixArt-Σ or Stable Diffusion 3.5-Medium model, from any loader."),
+                Weights.Input("edit_weights", tooltip="EDiT weights made for this model."),
+                layers_input(),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the schedule linear attention begins; before it the model's own attention runs.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the schedule linear attention ends; after it the model's own attention runs.",
+                ),
+                io.Int.Input(
+                    "min_tokens",
+                    default=0,
+                    min=0,
+                    max=1_048_576,
+                    tooltip="Pictures with fewer image tokens keep the model's own attention. "
+                    "512x512 pixels are 1024 tokens, 1024x1024 are 4096.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The model with linear attention.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, layers: Any = None, **kwargs: Any) -> bool | str:
+        return True if layers is None else check_layers_text(layers)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        edit_weights: EDiTWeights,
+        layers: str,
+        start_percent: float,
+        end_percent: float,
+        min_tokens: int,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(apply_to_model(model, edit_weights, layers, start_percent, end_percent, min_tokens))
+
+
+class EDiTInit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EDiTInit",
+            display_name="EDiT: Init Weights",
+            category=CATEGORY,
+            description="Makes untrained EDiT weights that start near the given model. "
+            "They are where a distillation begins: by themselves they draw worse than the model.",
+            inputs=[
+                io.Model.Input("model", tooltip="The teacher: a PixArt-Σ or Stable Diffusion 3.5-Medium model."),
+                io.Int.Input(
+                    "compression",
+                    default=4,
+                    min=1,
+                    max=64,
+                    tooltip="ConvFusion works on this many times fewer channels; it must divide the model's channels.",
+                ),
+                layers_input(),
+            ],
+            outputs=[Weights.Output(display_name="EDIT_WEIGHTS", tooltip="Untrained weights for this model.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, layers: Any = None, **kwargs: Any) -> bool | str:
+        return True if layers is None else check_layers_text(layers)
+
+    @classmethod
+    def execute(cls, model: Any, compression: int, layers: str) -> io.NodeOutput:
+        identify_model(model)
+        config = EDiTConfig(compression=compression)
+        return io.NodeOutput(EDiTWeights.init(model.get_model_object("diffusion_model"), config, layers))

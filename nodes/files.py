@@ -1,0 +1,177 @@
+"""Nodes that read and write files: base models and EDiT weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from safetensors import SafetensorError, safe_open
+
+from ..edit_core import EDiTError, EDiTModelError, EDiTWeights
+from ..edit_core.backbones import identify
+from .apply import CATEGORY, Weights
+from .patcher import apply_to_model
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "edit"
+MODEL_FOLDERS = ("diffusion_models", "checkpoints")
+NO_WEIGHTS = "none"
+
+WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fp32": {"dtype": torch.float32},
+    "fp16": {"dtype": torch.float16},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+
+
+def register_model_folder() -> None:
+    """Makes `models/edit` a model folder, beside any that extra_model_paths.yaml names."""
+    path = os.path.join(folder_paths.models_dir, FOLDER)
+    os.makedirs(path, exist_ok=True)
+    paths = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0]
+    folder_paths.folder_names_and_paths[FOLDER] = (list(dict.fromkeys([*paths, path])), {".safetensors"})
+
+
+def model_files() -> list[str]:
+    """`folder/name` of every file that may hold a base model."""
+    return [f"{folder}/{name}" for folder in MODEL_FOLDERS for name in folder_paths.get_filename_list(folder)]
+
+
+def model_path(choice: str) -> str:
+    folder, _, name = choice.partition("/")
+    return folder_paths.get_full_path_or_raise(folder, name)
+
+
+def file_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model file's tensors; of a safetensors file only the header is read.
+
+    Raises:
+        EDiTModelError: the file cannot be read.
+    """
+    if not path.lower().endswith((".safetensors", ".sft")):
+        return {key: tuple(value.shape) for key, value in comfy.utils.load_torch_file(path, safe_load=True).items()}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except SafetensorError as error:
+        raise EDiTModelError(f"{os.path.basename(path)} is not a complete safetensors file ({error})") from None
+
+
+class EDiTLoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EDiTLoadModel",
+            display_name="EDiT: Load Model",
+            category=CATEGORY,
+            description="Loads PixArt-Σ or Stable Diffusion 3.5-Medium, and EDiT weights with it if wanted.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=model_files(),
+                    tooltip="A file in models/diffusion_models or models/checkpoints, "
+                    "with ComfyUI's, the original or diffusers' tensor names.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    default="default",
+                    tooltip="What the base model's weights are kept in; default is what ComfyUI chooses.",
+                ),
+                io.Combo.Input(
+                    "edit_weights",
+                    options=[NO_WEIGHTS, *folder_paths.get_filename_list(FOLDER)],
+                    default=NO_WEIGHTS,
+                    tooltip="EDiT weights in models/edit to apply to all blocks, or none for the plain model.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="MODEL")],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, weight_dtype: str, edit_weights: str) -> io.NodeOutput:
+        path = model_path(model_name)
+        base = identify(file_shapes(path), model_name)
+        logger.info("EDiT: %s is %s", model_name, base)
+        model = comfy.sd.load_diffusion_model(path, model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+        if edit_weights != NO_WEIGHTS:
+            model = apply_to_model(model, load_weights(edit_weights))
+        return io.NodeOutput(model)
+
+
+def load_weights(name: str) -> EDiTWeights:
+    weights, report = EDiTWeights.load_with_report(folder_paths.get_full_path_or_raise(FOLDER, name))
+    logger.info("EDiT: %s: %s", name, report)
+    return weights
+
+
+class EDiTLoadWeights(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EDiTLoadWeights",
+            display_name="EDiT: Load Weights",
+            category=CATEGORY,
+            description="Loads EDiT weights from models/edit.",
+            inputs=[
+                io.Combo.Input(
+                    "edit_name",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A .safetensors file with EDiT weights in models/edit.",
+                ),
+            ],
+            outputs=[Weights.Output(display_name="EDIT_WEIGHTS")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, edit_name: str) -> float:
+        return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, edit_name))
+
+    @classmethod
+    def execute(cls, edit_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_weights(edit_name))
+
+
+class EDiTSaveWeights(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EDiTSaveWeights",
+            display_name="EDiT: Save Weights",
+            category=CATEGORY,
+            description="Saves EDiT weights to models/edit under a new, numbered name.",
+            inputs=[
+                Weights.Input("edit_weights", tooltip="The weights to save."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="edit",
+                    tooltip="The file's name without its number; may name a folder below models/edit.",
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, edit_weights: EDiTWeights, filename_prefix: str) -> io.NodeOutput:
+        root = folder_paths.get_folder_paths(FOLDER)[0]
+        try:
+            folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
+        except Exception as error:  # ComfyUI raises a bare Exception for a prefix that leaves the folder
+            raise EDiTError(f"filename_prefix {filename_prefix!r} cannot be used: {error}") from None
+        path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+        edit_weights.save(path)
+        saved = os.path.relpath(path, root)
+        logger.info("EDiT: saved %s", path)
+        return io.NodeOutput(ui=ui.PreviewText(f"models/{FOLDER}/{saved}"))

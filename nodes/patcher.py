@@ -1,0 +1,238 @@
+"""EDiT on a ComfyUI MODEL: replaced forwards through an injection, side weights in a patcher of their own.
+
+An injection is built from the patcher that it is handed, so it follows deep copies; base modules are never swapped,
+so LoRA keys, memory accounting and saving stay as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import PatcherInjection, WrappersMP
+
+from ..edit_core import EDiTWeights
+from ..edit_core.attention import EDiTAttention
+from ..edit_core.backbones import Backbone, Base, HostCall, identify_module
+from ..edit_core.layers import format_layers
+
+__all__ = ["apply_to_model", "identify_model"]
+
+logger = logging.getLogger(__name__)
+
+KEY = "edit"
+
+
+@dataclass(frozen=True)
+class Application:
+    """One use of EDiTApply: which blocks, and when."""
+
+    backbone: Backbone
+    blocks: tuple[int, ...]
+    start_percent: float
+    end_percent: float
+    min_tokens: int
+
+
+@dataclass
+class Running:
+    """An injection at work in one base model: what to undo, and the call that is under way."""
+
+    restore: list[Callable[[], None]] = field(default_factory=list)
+    call: HostCall | None = None
+    active: list[bool] = field(default_factory=list)
+    """Per application, whether the call under way is one for it."""
+
+
+# Keyed by the BaseModel, since the replaced forwards and the wrapper meet in nothing else; PixArt passes no options.
+_RUNNING: weakref.WeakKeyDictionary[Any, Running] = weakref.WeakKeyDictionary()
+
+
+class EDiTInjection(PatcherInjection):
+    """Replaces the forwards of the applications' blocks; application `i` uses the i-th additional model."""
+
+    def __init__(self, applications: tuple[Application, ...]) -> None:
+        super().__init__(self._inject, self._eject)
+        self.applications = applications
+        self._said: set[str] = set()
+
+    def stay_dense(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.info("EDiT: stays dense: %s", reason)
+
+    def _inject(self, patcher: Any) -> None:
+        self._eject(patcher)
+        diffusion_model = patcher.get_model_object("diffusion_model")
+        sides = [side.model for side in patcher.get_additional_models_with_key(KEY)]
+        running = _RUNNING[patcher.model] = Running()
+        backbone = self.applications[0].backbone
+        for block in sorted({block for application in self.applications for block in application.blocks}):
+            module = comfy.utils.get_attr(diffusion_model, backbone.comfy_path(block))
+            candidates = [
+                (i, side[str(block)])
+                for i, (application, side) in enumerate(zip(self.applications, sides, strict=True))
+                if block in application.blocks
+            ]
+            running.restore.append(_replace_forward(module, self._forward(module, candidates[::-1], running, backbone)))
+
+    def _eject(self, patcher: Any) -> None:
+        running = _RUNNING.pop(patcher.model, None)
+        for restore in running.restore if running else ():
+            restore()
+
+    def _forward(
+        self,
+        module: Any,
+        candidates: list[tuple[int, dict[str, EDiTAttention]]],
+        running: Running,
+        backbone: Backbone,
+    ) -> Callable[..., Any]:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = running.call
+            if call is None:
+                self.stay_dense("the model was called without ComfyUI's apply_model, so the latent's size is unknown")
+                return original(*args, **kwargs)
+            # The application that came last has the first word; begin_call said why one is not active.
+            sides = next((sides for i, sides in candidates if running.active[i]), None)
+            if sides is None:
+                return original(*args, **kwargs)
+            tokens = backbone.comfy_image_tokens(*args, **kwargs)
+            if tokens != call.grid[0] * call.grid[1]:
+                self.stay_dense(f"{tokens} tokens do not fill the {call.grid[0]}x{call.grid[1]} grid of the latent")
+                return original(*args, **kwargs)
+            return backbone.comfy_forward(module, sides, call, *args, **kwargs)
+
+        return forward
+
+    def begin_call(self, running: Running, model: Any, latent: torch.Tensor, options: dict[str, Any]) -> None:
+        """Decides, once per call of the model, which applications it is for."""
+        grid = self.applications[0].backbone.comfy_grid(*latent.shape[-2:])
+        tokens = grid[0] * grid[1]
+        running.call = HostCall(grid, optimized_attention)
+        running.active = []
+        for application in self.applications:
+            active = tokens >= application.min_tokens
+            if not active:
+                self.stay_dense(f"{tokens} tokens are fewer than min_tokens={application.min_tokens}")
+            # Reading sigma waits for the device, so it is only done where the answer depends on it.
+            elif (application.start_percent, application.end_percent) != (0.0, 1.0):
+                sampling = model.model_sampling
+                start = float(sampling.percent_to_sigma(application.start_percent))
+                end = float(sampling.percent_to_sigma(application.end_percent))
+                active = end <= float(options["sigmas"].max()) <= start
+                if not active:
+                    self.stay_dense(
+                        f"steps outside {application.start_percent:g}-{application.end_percent:g} of the schedule"
+                    )
+            running.active.append(active)
+
+
+def _replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Sets an instance's forward; returns what restores it exactly, another pack's object patch included."""
+    if "forward" in module.__dict__:
+        previous = module.forward
+        module.forward = forward  # type: ignore[method-assign]
+        return lambda: setattr(module, "forward", previous)
+    module.forward = forward  # type: ignore[method-assign]
+    return lambda: delattr(module, "forward")
+
+
+def _make_wrapper(injection: EDiTInjection) -> Callable[..., Any]:
+    def edit_apply_model(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        running = _RUNNING.get(executor.class_obj)
+        if running is None:
+            return executor(x, *args, **kwargs)
+        options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[4]
+        injection.begin_call(running, executor.class_obj, x, options)
+        try:
+            return executor(x, *args, **kwargs)
+        finally:
+            running.call = None
+
+    return edit_apply_model
+
+
+def identify_model(model: Any) -> Base:
+    """What a MODEL is.
+
+    Raises:
+        EDiTModelError: none that EDiT knows.
+    """
+    return identify_module(model.get_model_object("diffusion_model"))
+
+
+def apply_to_model(
+    model: Any,
+    weights: EDiTWeights,
+    layers: str = "all",
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+    min_tokens: int = 0,
+) -> Any:
+    """A clone of a MODEL that runs EDiT in the given blocks, between two points of the schedule.
+
+    A later application has the first word where two name the same block; outside its range the earlier one stands.
+
+    Raises:
+        EDiTError: the weights do not fit the model, or a bad `layers` text.
+    """
+    base = identify_model(model)
+    blocks = weights.choose(layers, base)
+    diffusion_model = model.get_model_object("diffusion_model")
+    if warning := weights.warning(diffusion_model, base):
+        logger.warning("EDiT: %s", warning)
+    for block in blocks:
+        path = f"diffusion_model.{base.backbone.comfy_path(block)}.forward"
+        if path in model.object_patches:
+            logger.warning("EDiT: another node patched %s; it now only runs where EDiT stays dense", path)
+    if dense := set(range(base.depth)) - set(blocks):
+        logger.info("EDiT: blocks %s stay dense: not listed or without weights", format_layers(dense))
+
+    model = model.clone()
+    earlier = model.get_injections(KEY)
+    application = Application(base.backbone, blocks, start_percent, end_percent, min_tokens)
+    injection = EDiTInjection((*(earlier[0].applications if earlier else ()), application))
+    side = side_patcher(weights, blocks, _compute_dtype(model))
+    model.set_additional_models(KEY, [*model.get_additional_models_with_key(KEY), side])
+    model.set_injections(KEY, [injection])
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _make_wrapper(injection))
+    return model
+
+
+def side_patcher(
+    weights: EDiTWeights, blocks: tuple[int, ...], dtype: torch.dtype, disable_dynamic: bool = False
+) -> Any:
+    """The side weights as a patcher, so that ComfyUI loads, offloads and accounts for them as for any model.
+
+    Args:
+        disable_dynamic: as ComfyUI asks of the factories that make independent copies for several GPUs.
+    """
+    management = comfy.model_management
+    offload = management.unet_offload_device()
+    # Layers may come without memory until they are loaded (dynamic VRAM): a strict load fills all, and nothing else.
+    sides, state = weights.build(blocks, comfy.ops.manual_cast, offload, dtype)
+    plain = comfy.model_patcher.ModelPatcher
+    patcher_class = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+    patcher = patcher_class(sides, load_device=management.get_torch_device(), offload_device=offload)
+    sides.load_state_dict(state, assign=getattr(patcher, "is_dynamic", lambda: False)())
+    sides.requires_grad_(False).eval()
+    patcher.cached_patcher_init = (side_patcher, (weights, blocks, dtype))
+    return patcher
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    """What the base computes in, which for an fp8 base is not what it is stored in."""
+    return model.model.manual_cast_dtype or model.model.get_dtype()

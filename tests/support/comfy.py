@@ -1,0 +1,80 @@
+"""Finding ComfyUI, and the files that its checks and servers run on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from edit_core import EDiTWeights
+
+from . import models
+
+PACK = Path(__file__).resolve().parents[2]
+NO_COMFYUI = (
+    "no ComfyUI found: set COMFYUI_PATH, or put one in ~/comfy/, or put this pack into its custom_nodes/; "
+    "the checks inside ComfyUI are skipped"
+)
+
+
+def checkouts() -> list[Path]:
+    """`$COMFYUI_PATH` (several as in PATH), else every ComfyUI in `~/comfy/`, else the one around this pack."""
+    if named := os.environ.get("COMFYUI_PATH"):
+        return [Path(p) for p in named.split(os.pathsep) if p]
+    home = sorted(p.parent for p in (Path.home() / "comfy").glob("*/comfyui_version.py"))
+    around = PACK.parent.parent
+    return home or ([around] if (around / "comfyui_version.py").is_file() else [])
+
+
+def interpreter(checkout: Path) -> str:
+    """`$COMFYUI_PYTHON`, else the checkout's own virtual environment, else this one."""
+    if named := os.environ.get("COMFYUI_PYTHON"):
+        return named
+    places = [checkout / venv / part for venv in (".venv", "venv") for part in ("bin/python", "Scripts/python.exe")]
+    return str(next((p for p in places if p.is_file()), sys.executable))
+
+
+def base_model(backbone: str) -> torch.nn.Module:
+    """The smallest that ComfyUI's detection accepts: real widths for PixArt, fewer blocks."""
+    if backbone == "pixart_sigma":
+        return models.pixart(heads=16, head_dim=72, blocks=2, caption=4096)
+    return models.sd35(context=4096, pooled=2048)
+
+
+def write_files(base: Path) -> None:
+    """Models, EDiT weights and broken files, in the folders of a ComfyUI base directory."""
+    for folder in ("models/diffusion_models", "models/checkpoints", "models/edit", "custom_nodes", "input", "output"):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+    bases, edits = base / "models/diffusion_models", base / "models/edit"
+    for backbone in models.BACKBONES:
+        model = base_model(backbone)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, bases / f"{backbone}.safetensors")
+        models.trained_like(model).save(edits / f"{backbone}.safetensors")
+
+    small = models.pixart()
+    keys = small.state_dict()
+    for name in ("linear_1.bias", "linear_1.weight"):
+        keys[f"adaln_single.emb.resolution_embedder.{name}"] = torch.zeros(4)
+    save_file(keys, bases / "pixart_alpha.safetensors")
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}, bases / "flux.safetensors")
+    cut(bases / "sd35_medium.safetensors", bases / "cut.safetensors")
+
+    weights = edits / "pixart_sigma.safetensors"
+    cut(weights, edits / "cut.safetensors")
+    (base / "models/checkpoints/edit_by_mistake.safetensors").write_bytes(weights.read_bytes())
+    save_file({"transformer.x.lora_A.weight": torch.zeros(4)}, edits / "lora.safetensors")
+    tampered = EDiTWeights.load(weights)
+    tampered.tensors["1.self.compress_k.conv.weight"] = torch.zeros(1152, 1, 5, 5)
+    tampered.save(edits / "wrong_shape.safetensors")
+    state = load_file(weights)
+    metadata = {"format": "edit", "format_version": "1", "backbone": "pixart_sigma", "config": '{"compression": 8}'}
+    save_file(state, edits / "wrong_compression.safetensors", metadata)
+
+
+def cut(source: Path, target: Path) -> None:
+    """A copy that lacks its second half, as after an interrupted download."""
+    data = source.read_bytes()
+    target.write_bytes(data[: len(data) // 2])

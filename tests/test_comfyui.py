@@ -1,0 +1,80 @@
+"""The checks of `comfyui/inside.py`, each run in every ComfyUI that is found."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import comfy, models
+
+from edit_core import EDiTWeights, apply_edit
+
+INSIDE = Path(__file__).parent / "comfyui" / "inside.py"
+CHECKS = re.findall(r"^def (check_\w+)", INSIDE.read_text(), re.MULTILINE)
+FOUND = comfy.checkouts()
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("files")
+    comfy.write_files(base)
+    return base
+
+
+@pytest.fixture(scope="session")
+def results(files: Path) -> Any:
+    """Runs the checks once per ComfyUI, on first use."""
+    done: dict[Path, tuple[Path, dict[str, Any]]] = {}
+
+    def run(checkout: Path) -> tuple[Path, dict[str, Any]]:
+        if checkout not in done:
+            base = files.parent / f"{files.name}-{checkout.name}"
+            subprocess.run(["cp", "-r", files, base], check=True)
+            models_folder = base / "models/diffusion_models"
+            command = [comfy.interpreter(checkout), INSIDE, checkout, base, comfy.PACK, models_folder]
+            process = subprocess.run(command, capture_output=True, text=True, cwd=base)
+            written = base / "results.json"
+            assert written.is_file(), process.stdout[-3000:] + process.stderr[-3000:]
+            done[checkout] = base, json.loads(written.read_text())
+        return done[checkout]
+
+    return run
+
+
+@pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI)
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("checkout", FOUND or [Path("none")], ids=lambda path: path.name)
+def test_inside_comfyui(checkout: Path, check: str, backbone: str, results: Any) -> None:
+    outcome = results(checkout)[1][f"{check}[{backbone}]"]
+    assert outcome["ok"], outcome["error"]
+    print(outcome["figures"])
+
+
+@pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI)
+@pytest.mark.parametrize("size", ["34x40", "40x34"])
+@pytest.mark.parametrize("kind", ["base", "edit"])
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("checkout", FOUND or [Path("none")], ids=lambda path: path.name)
+def test_diffusers_and_comfyui_give_the_same_output(
+    checkout: Path, backbone: str, kind: str, size: str, results: Any, files: Path
+) -> None:
+    base, _ = results(checkout)
+    caught = load_file(base / f"{backbone}-{kind}-{size}.safetensors")
+    model = comfy.base_model(backbone)
+    if kind == "edit":
+        apply_edit(model, EDiTWeights.load(files / f"models/edit/{backbone}.safetensors"))
+    if backbone == "pixart_sigma":
+        extra: dict[str, Any] = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    else:
+        extra = {"pooled_projections": caught["y"]}
+    with torch.no_grad():
+        expected = model(caught["x"], encoder_hidden_states=caught["context"], timestep=caught["t"], **extra).sample
+    channels = caught["out"].shape[1]  # ComfyUI drops PixArt's predicted variance
+    assert models.relative_error(caught["out"], expected[:, :channels]) < 1e-4
