@@ -31,10 +31,7 @@ class EDiTHandle:
         self._grid: Grid | None = None
         self._said: set[str] = set()
         self._replaced: list[tuple[Any, Any]] = []
-        self._hooks = [
-            transformer.register_forward_pre_hook(self._enter, with_kwargs=True),
-            transformer.register_forward_hook(self._leave, always_call=True),
-        ]
+        self._hook = transformer.register_forward_pre_hook(self._enter, with_kwargs=True)
 
     def _enter(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         latent = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -45,10 +42,8 @@ class EDiTHandle:
                 f"a latent of {height}x{width} cannot be cut into {patch}x{patch} patches; "
                 f"make both sides multiples of {patch}"
             )
+        # It outlives the call: gradient checkpointing runs the attentions again in the backward pass.
         self._grid = (height // patch, width // patch)
-
-    def _leave(self, *_: Any) -> None:
-        self._grid = None
 
     def _stay_dense(self, reason: str) -> None:
         if reason not in self._said:
@@ -66,8 +61,7 @@ class EDiTHandle:
             attention._modules.pop("processor", None)  # ours is a module, and set_processor would warn of losing it
             attention.set_processor(dense)
         self._replaced.clear()
-        for hook in self._hooks:
-            hook.remove()
+        self._hook.remove()
 
     def __enter__(self) -> EDiTHandle:
         return self
