@@ -97,7 +97,7 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all") -> E
     blocks = weights.choose(layers, base)
     if any(isinstance(module, Processor) for module in transformer.modules()):
         raise EDiTModelError("EDiT is applied to this transformer already; call remove() on its handle first")
-    if warning := weights.warning(transformer, base):
+    if warning := weights.warning(base, transformer.state_dict().__getitem__):
         logger.warning("EDiT: %s", warning)
     sides, state = weights.build(blocks, device=transformer.device, dtype=transformer.dtype)
     sides.load_state_dict(state)

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,20 @@ class EDiTWeights:
             EDiTModelError: not a transformer that EDiT knows.
             EDiTError: a bad `layers` text.
         """
+        state = transformer.state_dict()
+        return cls.init_for(identify_module(transformer), state.__getitem__, config, layers, seed)
+
+    @classmethod
+    def init_for(
+        cls, base: Base, tensor: Callable[[str], Tensor], config: EDiTConfig | None, layers: str, seed: int
+    ) -> EDiTWeights:
+        """:meth:`init` for a base that need not be in memory: `tensor` gives a few of its biases by name."""
         config = config or EDiTConfig()
-        base = identify_module(transformer)
         chosen = {block: base.sites[block] for block in parse_layers(layers, base.depth)}
         sides = build_sides(base.dim, chosen, config, device=torch.device("meta"))
         generator = torch.Generator().manual_seed(seed)
         tensors = {name: _initial(name, tuple(t.shape), config, generator) for name, t in sides.state_dict().items()}
-        return cls(base.backbone.name, config, tensors, fingerprint(transformer, base))
+        return cls(base.backbone.name, config, tensors, fingerprint(base, tensor))
 
     @property
     def sites(self) -> dict[int, tuple[str, ...]]:
@@ -176,9 +183,9 @@ class EDiTWeights:
             )
         return chosen
 
-    def warning(self, transformer: nn.Module, base: Base) -> str | None:
+    def warning(self, base: Base, tensor: Callable[[str], Tensor]) -> str | None:
         """A sentence if the base's fingerprint is not the one that these weights were made for."""
-        distance = fingerprint_distance(self.base_hash, fingerprint(transformer, base))
+        distance = fingerprint_distance(self.base_hash, fingerprint(base, tensor))
         if distance <= _SAME_BASE:
             return None
         return (
@@ -305,16 +312,15 @@ def _initial(name: str, shape: tuple[int, ...], config: EDiTConfig, generator: t
     return torch.zeros(shape)
 
 
-def fingerprint(transformer: nn.Module, base: Base) -> str:
+def fingerprint(base: Base, tensor: Callable[[str], Tensor]) -> str:
     """What a base's `base_hash` is: a few values of every block's attention output bias, as bfloat16 in base64.
 
     Biases bear the same values in ComfyUI's, the original and diffusers' files, and stay unquantised in GGUF and
     scaled fp8 files; values, unlike a digest, can be compared when the base was cast to another dtype.
     """
-    state = transformer.state_dict()
     samples = []
     for block in range(base.depth):
-        bias = state[base.backbone.output_bias(base, block)]
+        bias = tensor(base.prefix + base.backbone.output_bias(base, block))
         places = torch.linspace(0, len(bias) - 1, _SAMPLES).round().long().to(bias.device)
         samples.append(bias.detach()[places].float().cpu().bfloat16())
     return base64.b64encode(torch.cat(samples).view(torch.uint8).numpy().tobytes()).decode()

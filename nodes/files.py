@@ -11,10 +11,10 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
-from safetensors import SafetensorError, safe_open
 
-from ..edit_core import EDiTError, EDiTModelError, EDiTWeights
-from ..edit_core.backbones import identify
+from ..edit_core import EDiTError, EDiTWeights
+from ..edit_core.backbones import Base, identify
+from ..edit_core.basefile import BaseFile
 from .apply import CATEGORY, Weights
 from .patcher import apply_to_model
 
@@ -53,19 +53,16 @@ def model_path(choice: str) -> str:
     return folder_paths.get_full_path_or_raise(folder, name)
 
 
-def file_shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model file's tensors; of a safetensors file only the header is read.
+def identify_file(path: str, name: str) -> Base:
+    """What a model file holds; of a safetensors file only the header is read.
 
     Raises:
-        EDiTModelError: the file cannot be read.
+        EDiTModelError: nothing that EDiT works on, or the file cannot be read.
     """
-    if not path.lower().endswith((".safetensors", ".sft")):
-        return {key: tuple(value.shape) for key, value in comfy.utils.load_torch_file(path, safe_load=True).items()}
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except SafetensorError as error:
-        raise EDiTModelError(f"{os.path.basename(path)} is not a complete safetensors file ({error})") from None
+    if path.lower().endswith((".safetensors", ".sft")):
+        return BaseFile(path).identify(name)
+    state = comfy.utils.load_torch_file(path, safe_load=True)
+    return identify({key: tuple(value.shape) for key, value in state.items()}, name)
 
 
 class EDiTLoadModel(io.ComfyNode):
@@ -102,7 +99,7 @@ class EDiTLoadModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, edit_weights: str) -> io.NodeOutput:
         path = model_path(model_name)
-        base = identify(file_shapes(path), model_name)
+        base = identify_file(path, model_name)
         logger.info("EDiT: %s is %s", model_name, base)
         model = comfy.sd.load_diffusion_model(path, model_options=dict(WEIGHT_DTYPES[weight_dtype]))
         if edit_weights != NO_WEIGHTS:

@@ -190,8 +190,8 @@ def apply_to_model(
     """
     base = identify_model(model)
     blocks = weights.choose(layers, base)
-    diffusion_model = model.get_model_object("diffusion_model")
-    if warning := weights.warning(diffusion_model, base):
+    state = model.get_model_object("diffusion_model").state_dict()
+    if warning := weights.warning(base, state.__getitem__):
         logger.warning("EDiT: %s", warning)
     for block in blocks:
         path = f"diffusion_model.{base.backbone.comfy_path(block)}.forward"

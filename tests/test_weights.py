@@ -195,21 +195,22 @@ def test_weights_of_another_backbone_width_or_depth_are_refused() -> None:
 def test_the_fingerprint_tells_bases_apart_and_survives_casts(backbone: str) -> None:
     model, other = models.make(backbone), models.make(backbone, seed=7)
     base = identify_module(model)
-    own = fingerprint(model, base)
-    assert fingerprint_distance(own, fingerprint(other, base)) > 1
+    own = fingerprint(base, model.state_dict().__getitem__)
+    assert fingerprint_distance(own, fingerprint(base, other.state_dict().__getitem__)) > 1
     for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
         cast = models.make(backbone).to(dtype)
-        assert fingerprint_distance(own, fingerprint(cast, base)) < 0.2, dtype
+        assert fingerprint_distance(own, fingerprint(base, cast.state_dict().__getitem__)) < 0.2, dtype
     weights = EDiTWeights.init(model)
-    assert weights.warning(model, base) is None
-    assert "made for another base" in str(weights.warning(other, base))
+    assert weights.warning(base, model.state_dict().__getitem__) is None
+    assert "made for another base" in str(weights.warning(base, other.state_dict().__getitem__))
 
 
 @pytest.mark.parametrize("text", ["", "!!", "AAAA", "AAAAA"])
 def test_a_damaged_fingerprint_only_warns(text: str) -> None:
     weights = EDiTWeights.init(models.pixart())
     weights.base_hash = text
-    assert weights.warning(models.pixart(), identify_module(models.pixart())) is not None
+    model = models.pixart()
+    assert weights.warning(identify_module(model), model.state_dict().__getitem__) is not None
 
 
 def test_errors_are_value_errors_that_share_one_class() -> None:

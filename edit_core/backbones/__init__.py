@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
@@ -63,7 +64,7 @@ def identify(shapes: Shapes, source: str) -> Base:
             base = backbone.match(own)
             # The first four relatives have all tensors of PixArt-Σ, and some more.
             if base is not None and foreign not in [name for _, name in _FOREIGN[:4]]:
-                return base
+                return replace(base, prefix=prefix)
     titles = " and ".join(backbone.title for backbone in BACKBONES.values())
     raise EDiTModelError(f"{source} is {foreign}; EDiT works on {titles}")
 

@@ -28,6 +28,8 @@ class Base:
     """Channels `C`."""
     sites: tuple[tuple[str, ...], ...]
     """Per block, the sites (`self`, `joint`) whose attention EDiT replaces."""
+    prefix: str = ""
+    """What a checkpoint puts before the names of the transformer's tensors."""
 
     @property
     def depth(self) -> int:
@@ -59,7 +61,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def output_bias(self, base: Base, block: int) -> str:
-        """Key of the bias of a block's first replaced output projection: a tensor that all formats share."""
+        """Key, below the prefix, of the bias of a block's first replaced output projection; all formats share it."""
 
     # diffusers
 

@@ -54,12 +54,7 @@ def write_files(base: Path) -> None:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, bases / f"{backbone}.safetensors")
         models.trained_like(model).save(edits / f"{backbone}.safetensors")
 
-    small = models.pixart()
-    keys = small.state_dict()
-    for name in ("linear_1.bias", "linear_1.weight"):
-        keys[f"adaln_single.emb.resolution_embedder.{name}"] = torch.zeros(4)
-    save_file(keys, bases / "pixart_alpha.safetensors")
-    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}, bases / "flux.safetensors")
+    write_foreign_models(bases)
     cut(bases / "sd35_medium.safetensors", bases / "cut.safetensors")
 
     weights = edits / "pixart_sigma.safetensors"
@@ -72,6 +67,15 @@ def write_files(base: Path) -> None:
     state = load_file(weights)
     metadata = {"format": "edit", "format_version": "1", "backbone": "pixart_sigma", "config": '{"compression": 8}'}
     save_file(state, edits / "wrong_compression.safetensors", metadata)
+
+
+def write_foreign_models(folder: Path) -> None:
+    """A PixArt-α and a FLUX, as far as their tensors' names tell."""
+    keys = models.pixart().state_dict()
+    for name in ("linear_1.bias", "linear_1.weight"):
+        keys[f"adaln_single.emb.resolution_embedder.{name}"] = torch.zeros(4)
+    save_file(keys, folder / "pixart_alpha.safetensors")
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}, folder / "flux.safetensors")
 
 
 def cut(source: Path, target: Path) -> None:

@@ -1,0 +1,42 @@
+"""The command line: `python -m edit_core COMMAND`, or `edit COMMAND` once installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .commands import COMMANDS
+from .errors import EDiTError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0 on success, 2 on bad usage, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="edit_core", description="EDiT: linear attention for diffusion transformers.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        summary = (command.__doc__ or "").strip().split("\n\n")[0]
+        sub = subparsers.add_parser(
+            name, help=summary, description=command.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        command.add_arguments(sub)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON, for machines")
+        sub.set_defaults(command=command)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        result = options.command.run(options)
+    except EDiTError as error:
+        print(f"edit_core: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("edit_core: stopped", file=sys.stderr)
+        return 130
+    print(json.dumps(result.data, indent=1) if options.json else result.text)
+    return 0

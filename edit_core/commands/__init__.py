@@ -1,0 +1,16 @@
+"""The commands of the command line, one module each: `add_arguments(parser)`, `run(options) -> Result`, and help.
+
+A module's docstring is its command's help.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from . import bench, demo, info, init
+from .common import Result
+
+__all__ = ["COMMANDS", "Result"]
+
+
+COMMANDS: dict[str, ModuleType] = {"demo": demo, "init": init, "info": info, "bench": bench}

@@ -1,0 +1,174 @@
+"""The command line as people and scripts use it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from support import comfy, models
+
+from edit_core.cli import main
+from edit_core.commands import COMMANDS
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small PixArt-Σ as a file and as a diffusers pipeline's folder, an SD3.5 and files of others."""
+    folder = tmp_path_factory.mktemp("bases")
+    pixart = models.pixart()
+    save_file(pixart.state_dict(), folder / "pixart.safetensors")
+    pixart.save_pretrained(folder / "pipeline" / "transformer", max_shard_size="200KB")
+    assert len(list((folder / "pipeline" / "transformer").glob("*.safetensors"))) > 1
+    prefixed = {f"model.diffusion_model.{key}": value for key, value in models.sd35().state_dict().items()}
+    save_file(prefixed, folder / "sd35.safetensors")
+    comfy.write_foreign_models(folder)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    status = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_every_command_has_help_with_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as caught:
+            main([name, "--help"])
+        assert caught.value.code == 0
+        out = capsys.readouterr().out
+        assert "--json" in out
+        assert name == "info" or "(default:" in out
+
+
+@pytest.mark.parametrize("source", ["pixart.safetensors", "pipeline", "pipeline/transformer"])
+def test_init_then_info_on_a_file_and_on_folders(
+    source: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "w.safetensors"
+    status, out, _ = run(capsys, "init", base / source, output, "--compression", "2", "--layers", "1", "--json")
+    assert status == 0
+    made = json.loads(out)
+    assert made["backbone"] == "pixart_sigma"
+    status, out, _ = run(capsys, "info", output, "--base", base / "pixart.safetensors", "--json")
+    data = json.loads(out)
+    assert status == 0
+    assert (data["blocks"], data["parameters"], data["warning"]) == ("1", made["parameters"], None)
+    assert data["config"]["compression"] == 2
+    status, out, _ = run(capsys, "info", output, "--base", base / "pixart.safetensors")
+    assert "these are untrained" in out
+    assert "its own base" in out
+
+
+def test_info_recognises_base_models_and_their_prefixes(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "info", base / "sd35.safetensors", "--json")
+    data = json.loads(out)
+    assert (status, data["backbone"], data["blocks"], data["dim"]) == (0, "sd35_medium", 3, 192)
+    _, file, _ = run(capsys, "info", base / "pixart.safetensors", "--json")
+    _, folder, _ = run(capsys, "info", base / "pipeline", "--json")
+    assert json.loads(file)["base_hash"] == json.loads(folder)["base_hash"]
+
+
+def test_mistakes_are_one_line_with_status_two(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "w.safetensors"
+    assert run(capsys, "init", base / "pixart.safetensors", weights)[0] == 0
+    before = weights.read_bytes()
+    other = tmp_path / "o.safetensors"
+    cut = tmp_path / "cut.safetensors"
+    comfy.cut(weights, cut)
+    for arguments, part in (
+        (("init", base / "pixart_alpha.safetensors", other), "is PixArt-α"),
+        (("init", base / "flux.safetensors", other), "is FLUX"),
+        (("init", base / "none.safetensors", other), "there is no such file"),
+        (("init", weights, other), "EDiT weights"),
+        (("init", base / "pixart.safetensors", other, "--layers", "0, 9"), "block 9 does not exist"),
+        (("init", base / "pixart.safetensors", other, "--layers", "none"), "no weights to make"),
+        (("init", base / "pixart.safetensors", other, "--compression", "7"), "does not divide"),
+        (("init", base / "pixart.safetensors", weights), "exists already"),
+        (("init", base / "pixart.safetensors", tmp_path / "no" / "w.safetensors"), "is not a folder"),
+        (("info", weights, "--base", base / "sd35.safetensors"), "but the model is"),
+        (("info", cut), "not a complete safetensors file"),
+        (("info", base / "flux.safetensors"), "is FLUX"),
+        (("bench", "--sizes", "1000"), "multiples of 16"),
+        (("bench", "--blocks", "99"), "1 to 28 blocks"),
+        (("bench", "--repeats", "0"), "at least 1"),
+        (("bench", "--device", "cuda:77"), "cannot be used here"),
+        (("bench", "--device", "abacus"), "cannot be used here"),
+        (("bench", "--blocks", "1", "--sizes", "64", "--layers", "3-"), "is not a block"),
+        (("demo", "--size", "1000"), "multiples of 16"),
+        (("demo", "--steps", "0"), "at least 1"),
+    ):
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (2, ""), (arguments, err)
+        lines = [line for line in err.splitlines() if line.startswith("edit_core: ")]
+        assert len(lines) == 1, err
+        assert part in lines[0]
+        assert "Traceback" not in err
+    assert weights.read_bytes() == before
+    assert not other.exists()
+
+
+def test_bad_usage_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["dream"], ["init"], ["bench", "--dtype", "int4"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    capsys.readouterr()
+
+
+def test_bench_measures_both_models_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "bench.json"
+    status, out, _ = run(
+        capsys, "bench", "--blocks", 1, "--sizes", 128, "--repeats", 2, "--dtype", "bfloat16", "--save", saved
+    )
+    assert status == 0
+    assert "| PixArt-Σ, 1 blocks | 128² | 64 |" in out
+    measured = json.loads(saved.read_text())
+    assert [m["backbone"] for m in measured] == ["pixart_sigma", "sd35_medium"]
+    for m in measured:
+        assert len(m["teacher"]) == len(m["edit"]) == 2
+        assert m["dtype"] == "bfloat16"
+        assert m["ratio"] > 0
+
+
+def test_demo_draws_and_restores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    status, out, _ = run(
+        capsys, "demo", "--size", 128, "--blocks", 1, "--steps", 2, "--output", tmp_path / "out", "--json"
+    )
+    assert status == 0
+    for row in json.loads(out):
+        assert row["restored"] is True
+        assert 0 < row["relative_difference"] < 0.5
+        assert Image.open(row["picture"]).size == (1168, 408)
+
+
+def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["info"], "run", interrupted)
+    assert run(capsys, "info", "x") == (130, "", "edit_core: stopped\n")
+
+
+def test_the_package_needs_only_torch_safetensors_and_einops(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('diffusers', 'transformers', 'accelerate', 'comfy', 'PIL', 'tqdm'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "from edit_core.cli import main\n"
+        "import edit_core.attention.naive\n"
+        "raise SystemExit(main(['bench', '--blocks', '1']))\n"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 2
+    assert "this needs diffusers and accelerate" in process.stderr
