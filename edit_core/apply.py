@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from .attention import Grid
+from .attention import EDiTAttention, Grid
 from .backbones import identify_module
 from .errors import EDiTModelError
 from .layers import format_layers
-from .processors import Processor
+from .processors import Processor, Tap
 from .weights import EDiTWeights
 
 __all__ = ["EDiTHandle", "apply_edit"]
@@ -28,7 +28,9 @@ class EDiTHandle:
         """The blocks that are linear."""
         self.sides = sides
         """The side modules, `sides[str(block)][site]`: what a training would optimise."""
-        self._grid: Grid | None = None
+        self.grid: Grid | None = None
+        self.tap: Tap | None = None
+        """Stands in for every replaced attention's call, for who trains or compares; None for EDiT itself."""
         self._said: set[str] = set()
         self._replaced: list[tuple[Any, Any]] = []
         self._hook = transformer.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -43,23 +45,25 @@ class EDiTHandle:
                 f"make both sides multiples of {patch}"
             )
         # It outlives the call: gradient checkpointing runs the attentions again in the backward pass.
-        self._grid = (height // patch, width // patch)
+        self.grid = (height // patch, width // patch)
 
-    def _stay_dense(self, reason: str) -> None:
+    def stay_dense(self, reason: str) -> None:
+        """Logs why a call could not be linear, once per reason."""
         if reason not in self._said:
             self._said.add(reason)
             logger.warning("EDiT: stays dense: %s", reason)
 
-    def _install(self, attention: Any, processor_class: type[nn.Module], side: nn.Module) -> None:
-        dense = attention.processor
-        attention.set_processor(processor_class(side, dense, lambda: self._grid, self._stay_dense))
-        self._replaced.append((attention, dense))
+    def install(self, key: str, attention: Any, processor_class: type[Processor], side: EDiTAttention) -> None:
+        """Replaces one attention's processor; `key` is its `<block>.<site>`."""
+        original = attention.processor
+        attention.set_processor(processor_class(key, side, original, self))
+        self._replaced.append((attention, original))
 
     def remove(self) -> None:
         """Puts the original processors back; the transformer's outputs are then bit-equal to before. Idempotent."""
-        for attention, dense in self._replaced:
+        for attention, original in self._replaced:
             attention._modules.pop("processor", None)  # ours is a module, and set_processor would warn of losing it
-            attention.set_processor(dense)
+            attention.set_processor(original)
         self._replaced.clear()
         self._hook.remove()
 
@@ -106,7 +110,7 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all") -> E
     for block in blocks:
         for site, side in sides[str(block)].items():  # type: ignore[operator]
             attention = base.backbone.diffusers_attention(transformer, block, site)
-            handle._install(attention, base.backbone.diffusers_processor(site), side)
+            handle.install(f"{block}.{site}", attention, base.backbone.diffusers_processor(site), side)
     dense = set(range(base.depth)) - set(blocks)
     if dense:
         logger.info("EDiT: blocks %s stay dense: not listed or without weights", format_layers(dense))

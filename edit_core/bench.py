@@ -47,6 +47,10 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio}
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Measurement:
+        return cls(**{name: value for name, value in data.items() if name != "ratio"})
+
 
 def device_name(device: torch.device) -> str:
     """The processor's name, and for a CPU the number of threads."""
@@ -114,9 +118,9 @@ def _time(transformer: Any, inputs: dict[str, Any]) -> float:
 
 def table(measurements: list[Measurement]) -> str:
     """A Markdown table, under a line for each device, dtype and backend in it."""
-    lines = sorted({f"{m.device}; {m.dtype}; PyTorch {m.torch}; teacher on {m.backend}" for m in measurements})
+    lines = sorted({f"{m.device}; {m.dtype}; PyTorch {m.torch}; teacher on {m.backend}." for m in measurements})
     rows = [
-        "| model | picture | tokens | batch | teacher, s | EDiT, s | ratio |",
+        "| model | picture | tokens | batch | teacher, s per step | EDiT, s per step | speed |",
         "|---|---|---|---|---|---|---|",
     ]
     for m in measurements:

@@ -2,55 +2,51 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from .attention import EDiTAttention, Grid, Projections
 
-__all__ = ["JointProcessor", "Processor", "SelfProcessor"]
+__all__ = ["Host", "JointProcessor", "Processor", "SelfProcessor", "Tap"]
+
+
+class Tap(Protocol):
+    """Stands in for a replaced attention's call: may run the original, EDiT, or both, and says what comes out."""
+
+    def __call__(self, key: str, dense: Callable[[], Any], edit: Callable[[], Any]) -> Any: ...
+
+
+class Host(Protocol):
+    """What processors ask of whoever applied them."""
+
+    grid: Grid | None
+    """The running call's token grid."""
+    tap: Tap | None
+
+    def stay_dense(self, reason: str) -> None:
+        """Is told why a call could not be linear."""
 
 
 class Processor(nn.Module):
     """What the processors share: the side weights, the grid of the running call, and the way back to softmax.
 
     Args:
+        key: `<block>.<site>`, as in weights files.
         side: the site's side weights. As a submodule they move and are cast with the transformer.
-        dense: the processor that was there before.
-        current_grid: gives the running call's token grid.
-        stay_dense: is told why a call could not be linear.
+        original: the processor that was there before.
+        host: gives the running call's grid and tap.
     """
 
-    def __init__(
-        self,
-        side: EDiTAttention,
-        dense: Any,
-        current_grid: Callable[[], Grid | None],
-        stay_dense: Callable[[str], None],
-    ) -> None:
+    def __init__(self, key: str, side: EDiTAttention, original: Any, host: Host) -> None:
         super().__init__()
+        self.key = key
         self.side = side
-        self.original = (dense,)  # in a tuple, so that it is no submodule of ours
-        self.current_grid = current_grid
-        self.stay_dense = stay_dense
-
-    def grid_for(self, x: Tensor, attention_mask: Tensor | None) -> Grid | None:
-        """The grid if this call can be linear, else None, the reason having been told."""
-        grid = self.current_grid()
-        if grid is None:
-            self.stay_dense("an attention was called from outside its transformer")
-        elif attention_mask is not None:
-            self.stay_dense("an attention mask on image tokens, which linear attention cannot honour")
-        elif x.shape[1] != grid[0] * grid[1]:
-            self.stay_dense(f"{x.shape[1]} tokens do not fill the {grid[0]}x{grid[1]} grid of the latent")
-        else:
-            return grid
-        return None
-
-
-class SelfProcessor(Processor):
-    """EDiT in place of an image-only self-attention."""
+        self.original = (original,)  # in a tuple, so that it is no submodule of ours
+        self.host = host
 
     def __call__(
         self,
@@ -59,38 +55,51 @@ class SelfProcessor(Processor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        grid = self.grid_for(hidden_states, attention_mask)
+    ) -> Any:
+        grid = self._grid(hidden_states, attention_mask)
+        if grid is not None and self.host.tap is None:
+            return self.edit(attn, hidden_states, encoder_hidden_states, grid)
+        dense = partial(self.original[0], attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        if grid is None or self.host.tap is None:
+            return dense()
+        return self.host.tap(self.key, dense, partial(self.edit, attn, hidden_states, encoder_hidden_states, grid))
+
+    @abstractmethod
+    def edit(self, attn: Any, x: Tensor, prompt: Any, grid: Grid) -> Any:
+        """The replaced attention, output projection included."""
+
+    def _grid(self, x: Tensor, attention_mask: Tensor | None) -> Grid | None:
+        """The grid if this call can be linear, else None, the reason having been told."""
+        grid = self.host.grid
         if grid is None:
-            return self.original[0](attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        y = self.side(
-            hidden_states, _projections(attn, hidden_states), grid, attn.heads, attn.norm_q, attn.norm_k
-        )  # (B, N, C)
+            self.host.stay_dense("an attention was called from outside its transformer")
+        elif attention_mask is not None:
+            self.host.stay_dense("an attention mask on image tokens, which linear attention cannot honour")
+        elif x.shape[1] != grid[0] * grid[1]:
+            self.host.stay_dense(f"{x.shape[1]} tokens do not fill the {grid[0]}x{grid[1]} grid of the latent")
+        else:
+            return grid
+        return None
+
+
+class SelfProcessor(Processor):
+    """EDiT in place of an image-only self-attention: `(B, N, C)` -> `(B, N, C)`."""
+
+    def edit(self, attn: Any, x: Tensor, prompt: Any, grid: Grid) -> Tensor:
+        y = self.side(x, _projections(attn, x), grid, attn.heads, attn.norm_q, attn.norm_k)  # (B, N, C)
         return attn.to_out[1](attn.to_out[0](y))
 
 
 class JointProcessor(Processor):
-    """MM-EDiT in place of a joint attention of image and prompt."""
+    """MM-EDiT in place of a joint attention: image `(B, N, C)`, prompt `(B, P, C)` -> the same two."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        grid = self.grid_for(hidden_states, attention_mask)
-        if grid is None:
-            return self.original[0](attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        q = attn.add_q_proj(encoder_hidden_states)  # (B, P, C)
-        k = attn.add_k_proj(encoder_hidden_states)  # (B, P, C)
-        v = attn.add_v_proj(encoder_hidden_states)  # (B, P, C)
-        prompt = Projections(_normed(q, attn, attn.norm_added_q), _normed(k, attn, attn.norm_added_k), v)
+    def edit(self, attn: Any, x: Tensor, prompt: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        q_p = _normed(attn.add_q_proj(prompt), attn, attn.norm_added_q)  # (B, P, C)
+        k_p = _normed(attn.add_k_proj(prompt), attn, attn.norm_added_k)  # (B, P, C)
         y_image, y_prompt = self.side(
-            hidden_states,
-            _projections(attn, hidden_states),
-            prompt,
+            x,
+            _projections(attn, x),
+            Projections(q_p, k_p, attn.add_v_proj(prompt)),
             grid,
             attn.heads,
             attn.norm_q,
@@ -98,7 +107,7 @@ class JointProcessor(Processor):
             prompt_rows=not attn.context_pre_only,
         )  # (B, N, C), (B, P, C) or None
         # The last block's caller drops the prompt rows, so what stands there does not matter.
-        prompt_out = encoder_hidden_states if y_prompt is None else attn.to_add_out(y_prompt)
+        prompt_out = prompt if y_prompt is None else attn.to_add_out(y_prompt)
         return attn.to_out[1](attn.to_out[0](y_image)), prompt_out
 
 

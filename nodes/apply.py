@@ -20,8 +20,13 @@ def layers_input() -> io.String.Input:
     return io.String.Input("layers", default="all", tooltip=LAYERS_TOOLTIP)
 
 
-def check_layers_text(layers: Any) -> bool | str:
-    """For `validate_inputs`: the text's form, before anything is loaded; how many blocks there are is seen later."""
+def check_layers_text(layers: str | None) -> bool | str:
+    """For `validate_inputs`: the text's form, before anything is loaded; how many blocks there are is seen later.
+
+    A linked input is None there. Only what is checked may be named, since core leaves the rest of it to us.
+    """
+    if layers is None:
+        return True
     try:
         parse_layers(layers, depth=1_000_000)
     except EDiTError as error:
@@ -71,8 +76,8 @@ class EDiTApply(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, layers: Any = None, **kwargs: Any) -> bool | str:
-        return True if layers is None else check_layers_text(layers)
+    def validate_inputs(cls, layers: str | None = None) -> bool | str:
+        return check_layers_text(layers)
 
     @classmethod
     def execute(
@@ -111,8 +116,8 @@ class EDiTInit(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, layers: Any = None, **kwargs: Any) -> bool | str:
-        return True if layers is None else check_layers_text(layers)
+    def validate_inputs(cls, layers: str | None = None) -> bool | str:
+        return check_layers_text(layers)
 
     @classmethod
     def execute(cls, model: Any, compression: int, layers: str) -> io.NodeOutput:

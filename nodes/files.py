@@ -65,6 +65,14 @@ def identify_file(path: str, name: str) -> Base:
     return identify({key: tuple(value.shape) for key, value in state.items()}, name)
 
 
+def missing_file(folder: str, name: str | None) -> str | None:
+    """For `validate_inputs`: a sentence if a chosen file is not there (ComfyUI 0.3 does not check V3 lists)."""
+    if name is None or folder_paths.get_full_path(folder, name):
+        return None
+    hint = "; no distilled EDiT weights are published yet, see the pack's README" if folder == FOLDER else ""
+    return f"{name!r} is not in models/{folder}{hint}"
+
+
 class EDiTLoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -95,6 +103,14 @@ class EDiTLoadModel(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="MODEL")],
         )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None = None, edit_weights: str | None = None) -> bool | str:
+        folder, _, name = (model_name or "").partition("/")
+        if model_name is not None and folder not in MODEL_FOLDERS:
+            return f"model_name {model_name!r} must begin with {' or '.join(f'{f}/' for f in MODEL_FOLDERS)}"
+        weights = None if edit_weights == NO_WEIGHTS else edit_weights
+        return (model_name and missing_file(folder, name)) or missing_file(FOLDER, weights) or True
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, edit_weights: str) -> io.NodeOutput:
@@ -130,6 +146,10 @@ class EDiTLoadWeights(io.ComfyNode):
             ],
             outputs=[Weights.Output(display_name="EDIT_WEIGHTS")],
         )
+
+    @classmethod
+    def validate_inputs(cls, edit_name: str | None = None) -> bool | str:
+        return missing_file(FOLDER, edit_name) or True
 
     @classmethod
     def fingerprint_inputs(cls, edit_name: str) -> float:

@@ -20,6 +20,11 @@ def merge_heads(tokens: Tensor) -> Tensor:
 
 def linear_attention_with_normaliser(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """:func:`linear_attention` and its denominator `q·Σk + eps`, of shape `(B, N, h)`, float32."""
+    with torch.autocast(q.device.type, enabled=False):  # which would take the sums in its own dtype
+        return _linear_attention(q, k, v, eps)
+
+
+def _linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     d = v.shape[-1]
     # Float16 overflows in these sums above ~4k tokens; K and V are a quarter of the tokens, so float32 is cheap.
     k32, v32 = k.float(), v.float()

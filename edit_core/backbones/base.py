@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from ..attention import EDiTAttention, Grid
+from ..processors import Processor
 
 __all__ = ["Backbone", "Base", "HostCall", "Shapes", "count_blocks"]
 
@@ -70,7 +71,7 @@ class Backbone(ABC):
         """The diffusers `Attention` module of a site."""
 
     @abstractmethod
-    def diffusers_processor(self, site: str) -> type[nn.Module]:
+    def diffusers_processor(self, site: str) -> type[Processor]:
         """The attention processor class that runs a site's side weights."""
 
     # ComfyUI

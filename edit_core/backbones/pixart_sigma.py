@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..attention import EDiTAttention, Grid, Projections
 from ..errors import EDiTModelError
-from ..processors import SelfProcessor
+from ..processors import Processor, SelfProcessor
 from .base import Backbone, Base, HostCall, Shapes, count_blocks
 
 _PATCH = 2
@@ -37,7 +37,7 @@ class PixArtSigma(Backbone):
     def diffusers_attention(self, transformer: nn.Module, block: int, site: str) -> Any:
         return transformer.get_submodule(f"transformer_blocks.{block}.attn1")
 
-    def diffusers_processor(self, site: str) -> type[nn.Module]:
+    def diffusers_processor(self, site: str) -> type[Processor]:
         return SelfProcessor
 
     def comfy_path(self, block: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention import EDiTAttention, Grid, Projections
-from ..processors import JointProcessor, SelfProcessor
+from ..processors import JointProcessor, Processor, SelfProcessor
 from .base import Backbone, Base, HostCall, Shapes, count_blocks
 
 _OUTPUT_BIAS = {
@@ -47,7 +47,7 @@ class SD35Medium(Backbone):
     def diffusers_attention(self, transformer: nn.Module, block: int, site: str) -> Any:
         return transformer.get_submodule(f"transformer_blocks.{block}.{'attn' if site == 'joint' else 'attn2'}")
 
-    def diffusers_processor(self, site: str) -> type[nn.Module]:
+    def diffusers_processor(self, site: str) -> type[Processor]:
         return JointProcessor if site == "joint" else SelfProcessor
 
     def comfy_path(self, block: int) -> str:

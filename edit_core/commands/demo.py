@@ -156,7 +156,7 @@ def _save_picture(path: Path, teacher: Tensor, edit: Tensor) -> None:
     panels = {
         "teacher": colours(teacher, low, high),
         "EDiT, untrained": colours(edit, low, high),
-        "difference": colours(difference, torch.zeros(()), high - low),
+        "difference, 10 times": colours(10 * difference, torch.zeros(()), high - low),
     }
     sheet = Image.new("RGB", (len(panels) * 392 - 8, 408), "white")
     for i, (title, panel) in enumerate(panels.items()):

@@ -1,0 +1,140 @@
+"""A real ComfyUI server as a subprocess, with this pack in its custom_nodes, driven over HTTP as a user's client is."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from . import comfy
+
+PACK_NAME = "edit-attention"
+"""The folder's name in custom_nodes, as the registry would install it: it differs from the repository's on purpose."""
+
+READY_SECONDS = 120
+PROMPT_SECONDS = 120
+
+
+class ServerError(RuntimeError):
+    """The server did not start, or refused or failed a prompt."""
+
+
+class Run(NamedTuple):
+    outputs: dict[str, Any]
+    """By node id, as in /history."""
+    cached: set[str]
+    """Ids of the nodes that were not executed again."""
+
+
+class Server:
+    """A context manager; `base` is the --base-directory, and what the server writes goes there."""
+
+    def __init__(self, checkout: Path, base: Path) -> None:
+        self.checkout, self.base = checkout, base
+        self.log = base / "server.log"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Server:
+        (self.base / "custom_nodes").mkdir(parents=True, exist_ok=True)
+        (self.base / "custom_nodes" / PACK_NAME).symlink_to(comfy.PACK, target_is_directory=True)
+        command = [
+            comfy.interpreter(self.checkout), str(self.checkout / "main.py"), "--cpu", "--listen", "127.0.0.1",
+            "--port", str(self.port), "--base-directory", str(self.base), "--disable-auto-launch",
+            "--disable-api-nodes", "--database-url", "sqlite:///:memory:",
+            "--cache-classic",  # keeps only the last prompt's results, so that an earlier one is computed afresh
+        ]  # fmt: skip
+        with self.log.open("wb") as log:
+            # Spinning threads make a busy machine several times slower.
+            environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+            self._process = subprocess.Popen(
+                command, cwd=self.base, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def log_text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def get(self, path: str) -> bytes:
+        return self._request(path)
+
+    def get_json(self, path: str) -> Any:
+        return json.loads(self.get(path))
+
+    def run(self, prompt: dict[str, Any]) -> Run:
+        """Executes an API prompt.
+
+        Raises:
+            ServerError: the prompt is not valid, a node failed, or it took too long.
+        """
+        prompt_id = json.loads(self._request("/prompt", {"prompt": prompt}))["prompt_id"]
+        end = time.monotonic() + PROMPT_SECONDS
+        while time.monotonic() < end:
+            entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
+            if entry is not None:
+                messages = dict(entry["status"]["messages"])
+                if failed := messages.get("execution_error"):
+                    raise ServerError(
+                        f"{failed['node_type']}: {failed['exception_type']}: {failed['exception_message']}"
+                    )
+                return Run(entry["outputs"], set(messages["execution_cached"]["nodes"]))
+            self._check_alive()
+            time.sleep(0.1)
+        raise ServerError(f"no result after {PROMPT_SECONDS} s:\n{self._log_tail()}")
+
+    def _request(self, path: str, data: dict[str, Any] | None = None) -> bytes:
+        body = None if data is None else json.dumps(data).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return bytes(answer.read())
+        except urllib.error.HTTPError as error:
+            raise ServerError(f"{path}: {error.code}: {error.read().decode(errors='replace')}") from None
+
+    def _wait_until_ready(self) -> None:
+        end = time.monotonic() + READY_SECONDS
+        while time.monotonic() < end:
+            self._check_alive()
+            try:
+                self.get("/prompt")
+                return
+            except urllib.error.URLError:
+                time.sleep(0.2)
+        raise ServerError(f"not ready after {READY_SECONDS} s:\n{self._log_tail()}")
+
+    def _check_alive(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            raise ServerError(f"the server is not running:\n{self._log_tail()}")
+
+    def _log_tail(self) -> str:
+        return self.log_text()[-3000:]

@@ -1,0 +1,137 @@
+"""The shipped workflows on small random stand-ins for the files that they name."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from PIL import Image
+from safetensors.torch import save_file
+
+from . import comfy, models
+from .server import Run, Server
+
+WORKFLOWS = comfy.PACK / "workflows"
+NAMES = [backbone + kind for backbone in models.BACKBONES for kind in ("", "_edit", "_ab")]
+WIDTH, HEIGHT = 320, 256  # PixArt in ComfyUI needs a mean side of more than 256
+TEXT_LOADERS = ("CLIPLoader", "TripleCLIPLoader")
+
+Prompt = dict[str, dict[str, Any]]
+
+
+def api_file(name: str) -> Path:
+    return WORKFLOWS / "api" / f"{name}.json"
+
+
+def read_api(name: str) -> Prompt:
+    return json.loads(api_file(name).read_text(encoding="utf-8"))
+
+
+def random_clip_l() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    width = 768
+
+    def affine(name: str, *shape: int) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": 0.03 * torch.randn(shape), f"{name}.bias": torch.zeros(shape[0])}
+
+    def norm(name: str) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
+
+    state = {
+        "text_model.embeddings.token_embedding.weight": torch.randn(49408, width),
+        "text_model.embeddings.position_embedding.weight": torch.randn(77, width),
+        **norm("text_model.final_layer_norm"),
+    }
+    for i in range(12):
+        layer = f"text_model.encoder.layers.{i}"
+        for part in ("q", "k", "v", "out"):
+            state |= affine(f"{layer}.self_attn.{part}_proj", width, width)
+        state |= affine(f"{layer}.mlp.fc1", 4 * width, width) | affine(f"{layer}.mlp.fc2", width, 4 * width)
+        state |= norm(f"{layer}.layer_norm1") | norm(f"{layer}.layer_norm2")
+    return {key: value.half() for key, value in state.items()}
+
+
+def random_vae(channels: int) -> dict[str, torch.Tensor]:
+    """A TAESD, which Load VAE accepts as a file of its own and which is fast on a CPU."""
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(latent_channels=channels)
+    last = vae.decoder.layers[-1]
+    with torch.no_grad():  # mid-grey with contrast, since what is clipped to black hides every difference
+        last.bias.zero_()
+        last.weight.mul_(0.2 / vae.decoder.layers(torch.randn(1, channels, 16, 16)).std())
+        last.bias.fill_(0.5)
+    state = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
+    for key, value in vae.state_dict().items():
+        side, _, index, rest = key.split(".", 3)
+        # ComfyUI counts the decoder's clamp as a layer.
+        state[f"taesd_{side}.{int(index) + (side == 'decoder')}.{rest}"] = value
+    return state
+
+
+def write_stand_ins(base: Path) -> Path:
+    """A models folder with a file under every name that the workflows ask for; returns it."""
+    comfy.write_files(base)
+    folder = base / "models"
+    for name in ("vae", "text_encoders"):
+        (folder / name).mkdir()
+    save_file(random_clip_l(), folder / "text_encoders" / "random_clip_l.safetensors")
+    for backbone, channels in (("pixart_sigma", 4), ("sd35_medium", 16)):
+        for node in read_api(f"{backbone}_edit").values():
+            inputs = node["inputs"]
+            if node["class_type"] == "EDiTLoadModel":
+                os.link(folder / "diffusion_models" / f"{backbone}.safetensors", folder / inputs["model_name"])
+            elif node["class_type"] == "EDiTLoadWeights":
+                os.link(folder / "edit" / f"{backbone}.safetensors", folder / "edit" / inputs["edit_name"])
+            elif node["class_type"] == "VAELoader":
+                save_file(random_vae(channels), folder / "vae" / inputs["vae_name"])
+            elif node["class_type"] in TEXT_LOADERS:
+                for key in inputs.keys() & {"clip_name", "clip_name1", "clip_name2", "clip_name3"}:
+                    (folder / "text_encoders" / inputs[key]).touch()
+    return folder
+
+
+def small(prompt: Prompt, seed: int) -> Prompt:
+    """The same graph with few steps, a small picture, the random text encoder and the given seed."""
+    prompt = copy.deepcopy(prompt)
+    for node in prompt.values():
+        inputs = node["inputs"]
+        if node["class_type"] in TEXT_LOADERS:
+            # A CLIP-L alone as for SD3: (1, 77, 4096) and a pooled vector, which is what both models take.
+            node["class_type"] = "CLIPLoader"
+            node["inputs"] = {"clip_name": "random_clip_l.safetensors", "type": "sd3"}
+        elif node["class_type"] == "KSampler":
+            inputs["steps"] = 2
+            if not isinstance(inputs["seed"], list):
+                inputs["seed"] = seed
+        elif node["class_type"] == "PrimitiveInt":
+            inputs["value"] = seed
+        elif node["class_type"].startswith("Empty"):
+            inputs |= {"width": WIDTH, "height": HEIGHT}
+    return prompt
+
+
+def draw(server: Server, name: str, seed: int = 1) -> dict[str, np.ndarray[Any, Any]]:
+    """The pictures of a workflow, newly sampled, by the file name prefix that they were saved under."""
+    prompt = small(read_api(name), seed)
+    result = server.run(prompt)
+    assert not result.cached & {key for key, node in prompt.items() if node["class_type"] == "KSampler"}
+    return {node["inputs"]["filename_prefix"]: picture(server, result, key) for key, node in saves(prompt).items()}
+
+
+def saves(prompt: Prompt) -> Prompt:
+    return {key: node for key, node in prompt.items() if node["class_type"] == "SaveImage"}
+
+
+def picture(server: Server, result: Run, node: str) -> np.ndarray[Any, Any]:
+    (saved,) = result.outputs[node]["images"]
+    data = server.get("/view?" + urllib.parse.urlencode(saved))
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return np.asarray(image.convert("RGB"))

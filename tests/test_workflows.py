@@ -1,0 +1,271 @@
+"""The workflows that the pack ships, run on a real ComfyUI server with small stand-ins for the models."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import comfy, models
+from support.server import PACK_NAME, Server, ServerError
+from support.workflows import HEIGHT, NAMES, WIDTH, WORKFLOWS, Prompt, api_file, draw, read_api, small, write_stand_ins
+
+FOUND = comfy.checkouts()
+NOTES = ("MarkdownNote", "Note")
+
+
+def read_template(name: str) -> dict[str, Any]:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stand_ins(tmp_path_factory.mktemp("workflows"))
+
+
+@pytest.fixture(scope="module", params=FOUND or [Path("none")], ids=lambda path: path.name)
+def server(
+    request: pytest.FixtureRequest, model_files: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    if not FOUND:
+        pytest.skip(comfy.NO_COMFYUI)
+    base = tmp_path_factory.mktemp(request.param.name)
+    (base / "models").symlink_to(model_files, target_is_directory=True)
+    with Server(request.param, base) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def object_info(server: Server) -> dict[str, Any]:
+    return server.get_json("/object_info")
+
+
+# --- running them -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_api_workflow_draws_its_pictures(server: Server, name: str) -> None:
+    pictures = draw(server, name)
+    assert len(pictures) == (2 if name.endswith("_ab") else 1)
+    for image in pictures.values():
+        assert image.shape == (HEIGHT, WIDTH, 3)
+        assert image.std() > 10
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_base_picture_is_bit_equal_beside_and_after_edit(server: Server, backbone: str) -> None:
+    (plain,) = draw(server, backbone).values()
+    both = draw(server, f"{backbone}_ab")
+    base, edit = both[f"EDiT/{backbone}_base"], both[f"EDiT/{backbone}_edit"]
+    (alone,) = draw(server, f"{backbone}_edit").values()
+    (after,) = draw(server, backbone).values()
+    assert np.array_equal(base, plain)
+    assert np.array_equal(after, plain)
+    assert np.array_equal(edit, alone)
+    assert not np.array_equal(edit, base)
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_the_seed_decides_the_picture(server: Server, backbone: str) -> None:
+    first, other, again = (next(iter(draw(server, f"{backbone}_edit", seed).values())) for seed in (1, 2, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+# --- what the server says of the pack ---------------------------------------------------------------------------------
+
+
+def pack_nodes(object_info: dict[str, Any]) -> dict[str, Any]:
+    return {name: node for name, node in object_info.items() if node["python_module"] == f"custom_nodes.{PACK_NAME}"}
+
+
+def test_every_node_is_served_and_every_input_has_a_tooltip(object_info: dict[str, Any]) -> None:
+    served = pack_nodes(object_info)
+    written = {
+        match
+        for file in (comfy.PACK / "nodes").glob("*.py")
+        for match in re.findall(r"^class (EDiT\w+)\(io\.ComfyNode\)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert served.keys() == written
+    assert written
+    bare = [
+        f"{name}.{key}"
+        for name, node in served.items()
+        for section in ("required", "optional")
+        for key, spec in node["input"].get(section, {}).items()
+        if not spec[1].get("tooltip")
+    ]
+    assert bare == []
+
+
+def test_model_lists_offer_the_files_of_their_folders(object_info: dict[str, Any], model_files: Path) -> None:
+    inputs = object_info["EDiTLoadModel"]["input"]["required"]
+    files = {
+        f"{f}/{p.name}" for f in ("diffusion_models", "checkpoints") for p in (model_files / f).glob("*.safetensors")
+    }
+    weights = {path.name for path in (model_files / "edit").glob("*.safetensors")}
+    assert set(inputs["model_name"][1]["options"]) == files
+    assert inputs["edit_weights"][1]["options"][0] == "none"
+    assert set(inputs["edit_weights"][1]["options"]) == {"none", *weights}
+
+
+def test_templates_are_offered_with_their_pictures(server: Server) -> None:
+    assert set(server.get_json("/workflow_templates")[PACK_NAME]) == set(NAMES)
+    for name in NAMES:
+        place = f"/api/workflow_templates/{PACK_NAME}/{name}"
+        assert server.get_json(f"{place}.json") == read_template(name)
+        assert server.get(f"{place}.jpg") == (WORKFLOWS / f"{name}.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_comfy_cli_accepts_the_api_workflow(
+    object_info: dict[str, Any], name: str, tmp_path: Path, comfy_cli: Callable[..., None]
+) -> None:
+    info = tmp_path / "object_info.json"
+    info.write_text(json.dumps(object_info))
+    comfy_cli("workflow", "validate", "--workflow", str(api_file(name)), "--input", str(info))
+
+
+def test_server_log_has_no_complaint_about_the_pack(server: Server) -> None:
+    ours = [line for line in server.log_text().splitlines() if re.search(rf"{PACK_NAME}|edit_core|\bEDiT", line)]
+    assert ours, "the log does not mention the pack at all"
+    assert [line for line in ours if re.search(r'error|fail|warn|exception|^\s*File "', line, re.IGNORECASE)] == []
+
+
+@pytest.mark.parametrize(
+    ("node", "key", "value", "part"),
+    [
+        ("EDiTLoadWeights", "edit_name", "absent.safetensors", "'absent.safetensors' is not in models/edit"),
+        ("EDiTLoadModel", "model_name", "diffusion_models/absent.safetensors", "is not in models/diffusion_models"),
+        ("EDiTLoadModel", "model_name", "vae/absent.safetensors", "must begin with diffusion_models/ or checkpoints/"),
+        ("EDiTLoadModel", "edit_weights", "absent.safetensors", "'absent.safetensors' is not in models/edit"),
+        ("EDiTApply", "layers", "first", "'first' in 'first' is not a block or a range"),
+        ("EDiTApply", "start_percent", 2.0, "bigger than max"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_is_loaded(
+    server: Server, node: str, key: str, value: Any, part: str
+) -> None:
+    prompt = small(read_api("pixart_sigma_edit"), seed=1)
+    for entry in prompt.values():
+        if entry["class_type"] == node:
+            entry["inputs"][key] = value
+    with pytest.raises(ServerError, match=r"^/prompt: 400") as caught:
+        server.run(prompt)
+    refusal = str(caught.value)
+    assert part in refusal or "not in list" in refusal  # newer cores check lists themselves
+
+
+# --- the files themselves ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def comfy_cli(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Runs comfy-cli with a home of its own, so that it neither reads nor writes the user's settings."""
+    home = str(tmp_path_factory.mktemp("home"))
+    environment = os.environ | {"HOME": home, "XDG_CONFIG_HOME": home, "COMFY_CLI_NO_REMOTE_REFRESH": "1"}
+
+    def run(*arguments: str) -> None:
+        command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", *arguments]
+        process = subprocess.run(command, capture_output=True, text=True, cwd=comfy.PACK, env=environment, timeout=120)
+        assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+
+    run("tracking", "disable")
+    return run
+
+
+def test_comfy_cli_finds_nothing_wrong_with_the_pack(comfy_cli: Callable[..., None]) -> None:
+    comfy_cli("node", "validate")
+
+
+def prompt_of(template: dict[str, Any]) -> Prompt:
+    """The API prompt that a template stands for, as the frontend makes it from nodes, widgets and links."""
+    links = {link[0]: [str(link[1]), link[2]] for link in template["links"]}
+    prompt: Prompt = {}
+    for node in template["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        inputs: dict[str, Any] = {}
+        values = iter(node["widgets_values"])
+        for socket in node["inputs"]:
+            if "widget" in socket:
+                inputs[socket["name"]] = next(values)
+                if socket["name"] == "seed" or node["type"] == "PrimitiveInt":
+                    assert next(values) in ("fixed", "randomize")  # the widget that changes a seed after each run
+            if socket["link"] is not None:
+                inputs[socket["name"]] = links[socket["link"]]
+        assert list(values) == []
+        prompt[str(node["id"])] = {"inputs": inputs, "class_type": node["type"], "_meta": {"title": node["title"]}}
+    return prompt
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_template_and_api_file_are_the_same_graph(name: str) -> None:
+    assert prompt_of(read_template(name)) == read_api(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_template_links_agree_at_both_ends(name: str) -> None:
+    template = read_template(name)
+    nodes = {node["id"]: node for node in template["nodes"]}
+    for number, source, output, target, slot, kind in template["links"]:
+        assert number in nodes[source]["outputs"][output]["links"]
+        assert nodes[source]["outputs"][output]["type"] == kind
+        assert nodes[target]["inputs"][slot]["link"] == number
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_template_nodes_do_not_overlap_and_lie_in_a_group(name: str) -> None:
+    template = read_template(name)
+    title = 30  # drawn above a node's position
+    boxes = {
+        node["id"]: (x, y - title, x + node["size"][0], y + node["size"][1])
+        for node in template["nodes"]
+        for x, y in [node["pos"]]
+    }
+    for (a, one), (b, two) in combinations(boxes.items(), 2):
+        apart = one[2] <= two[0] or two[2] <= one[0] or one[3] <= two[1] or two[3] <= one[1]
+        assert apart, f"nodes {a} and {b} overlap"
+    groups = [(x, y, x + width, y + height) for x, y, width, height in (g["bounding"] for g in template["groups"])]
+    for node in template["nodes"]:
+        left, top, right, bottom = boxes[node["id"]]
+        inside = [g for g in groups if g[0] <= left and g[1] <= top and right <= g[2] and bottom <= g[3]]
+        assert len(inside) == (0 if node["type"] in NOTES else 1), node["title"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_template_note_names_every_file_and_its_folder(name: str) -> None:
+    (note,) = (node["widgets_values"][0] for node in read_template(name)["nodes"] if node["type"] in NOTES)
+    for node in read_api(name).values():
+        for value in node["inputs"].values():
+            if isinstance(value, str) and value.endswith(".safetensors"):
+                assert f"`{value.rpartition('/')[2]}`" in note
+    plain = name in models.BACKBONES
+    folders = ["diffusion_models", "text_encoders", "vae", *([] if plain else ["edit"])]
+    for folder in folders:
+        assert f"models/{folder}" in note
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_template_has_a_small_picture(name: str) -> None:
+    path = WORKFLOWS / f"{name}.jpg"
+    assert path.stat().st_size < 60_000
+    with Image.open(path, formats=["JPEG"]) as image:
+        assert min(image.size) >= 256
+
+
+@pytest.mark.parametrize("path", [api_file(name) for name in NAMES] + [WORKFLOWS / f"{name}.json" for name in NAMES],
+                         ids=lambda path: str(path.relative_to(WORKFLOWS)))  # fmt: skip
+def test_workflow_holds_nothing_of_the_machine_it_was_made_on(path: Path) -> None:
+    assert (
+        re.findall(r"/home/|/root|/tmp|/work\b|[A-Z]:\\|localhost|127\.0\.0\.1", path.read_text(encoding="utf-8")) == []
+    )

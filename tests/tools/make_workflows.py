@@ -1,0 +1,357 @@
+"""Writes `workflows/`: `python make_workflows.py OBJECT_INFO`, a ComfyUI server's saved answer to GET /object_info.
+
+One description per workflow gives both its API file and its UI template, so the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+OUT = Path(__file__).resolve().parents[2] / "workflows"
+PACK_ID = "edit-attention"
+TITLE_HEIGHT, GAP = 30, 24
+BLUE, GREEN, VIOLET = "#3f789e", "#88AA88", "#8888AA"
+
+HF = "https://huggingface.co"
+FLUX_TEXT = f"{HF}/comfyanonymous/flux_text_encoders/resolve/main"
+SD35_TEXT = f"{HF}/Comfy-Org/stable-diffusion-3.5-fp8/resolve/main/text_encoders"
+SD35_RELEASE = f"{HF}/stabilityai/stable-diffusion-3.5-medium/resolve/main"
+PIXART_RELEASE = f"{HF}/PixArt-alpha/PixArt-Sigma-XL-2-1024-MS/resolve/main/transformer"
+
+PROMPT = (
+    "A red fox asleep on a mossy stone in a misty pine forest, soft morning light between the trees, "
+    "dew on the fur, shallow depth of field, detailed photograph"
+)
+NEGATIVE = "blurry, low quality, deformed, watermark, text"
+SEED = 20250807
+
+
+@dataclass(frozen=True)
+class Model:
+    """What differs between the two base models."""
+
+    name: str
+    title: str
+    file: str
+    source: str
+    text_loader: str
+    text_inputs: dict[str, str]
+    text_files: dict[str, str]
+    vae: str
+    vae_source: str
+    latent: str
+    sampling: dict[str, Any]
+    shift: float | None = None
+
+
+MODELS = [
+    Model(
+        name="pixart_sigma",
+        title="PixArt-Σ",
+        file="PixArt-Sigma-XL-2-1024-MS.safetensors",
+        source=f"{PIXART_RELEASE}/diffusion_pytorch_model.safetensors",
+        text_loader="CLIPLoader",
+        text_inputs={"clip_name": "t5xxl_fp16.safetensors", "type": "pixart", "device": "default"},
+        text_files={"t5xxl_fp16.safetensors": f"{FLUX_TEXT}/t5xxl_fp16.safetensors"},
+        vae="sdxl_vae.safetensors",
+        vae_source=f"{HF}/stabilityai/sdxl-vae/resolve/main/sdxl_vae.safetensors",
+        latent="EmptyLatentImage",
+        # The solver, spacing, steps and guidance of the model's own pipeline.
+        sampling={"steps": 20, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "normal", "denoise": 1.0},
+    ),
+    Model(
+        name="sd35_medium",
+        title="Stable Diffusion 3.5 Medium",
+        file="sd3.5_medium.safetensors",
+        source=f"{SD35_RELEASE}/sd3.5_medium.safetensors",
+        text_loader="TripleCLIPLoader",
+        text_inputs={
+            "clip_name1": "clip_l.safetensors",
+            "clip_name2": "clip_g.safetensors",
+            "clip_name3": "t5xxl_fp8_e4m3fn.safetensors",
+        },
+        text_files={
+            name: f"{SD35_TEXT}/{name}"
+            for name in ("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
+        },
+        vae="sd3.5_vae.safetensors",
+        vae_source=f"{SD35_RELEASE}/vae/diffusion_pytorch_model.safetensors",
+        latent="EmptySD3LatentImage",
+        sampling={"steps": 28, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform", "denoise": 1.0},
+        shift=3.0,
+    ),
+]
+
+KINDS = {"": "plain", "_edit": "EDiT", "_ab": "A/B: base beside EDiT"}
+
+
+@dataclass
+class Node:
+    type: str
+    title: str
+    inputs: dict[str, Any]
+    size: tuple[int, int]
+    id: int = 0
+    models: list[dict[str, str]] = field(default_factory=list)
+    after_generate: str = "randomize"
+
+    def __getitem__(self, output: int) -> tuple[Node, int]:
+        return self, output
+
+
+@dataclass
+class Group:
+    title: str
+    color: str
+    columns: list[tuple[int, list[Node]]]
+    """Per column its width and its nodes, from top to bottom."""
+
+
+def groups_of(model: Model, kind: str) -> list[Group]:
+    """The workflow's nodes, in the groups and columns in which they are drawn."""
+    edit, both = kind != "", kind == "_ab"
+    base = Node(
+        "EDiTLoadModel", f"Load {model.title}",
+        {"model_name": f"diffusion_models/{model.file}", "weight_dtype": "default", "edit_weights": "none"}, (340, 120),
+    )  # fmt: skip
+    text = Node(
+        model.text_loader, "Load text encoders", model.text_inputs, (340, 120),
+        models=[{"name": n, "url": u, "directory": "text_encoders"} for n, u in model.text_files.items()],
+    )  # fmt: skip
+    vae = Node("VAELoader", "Load VAE", {"vae_name": model.vae}, (340, 60))
+    if Path(model.vae_source).name == model.vae:  # a link only helps where it gives the file the name that is asked for
+        vae.models = [{"name": model.vae, "url": model.vae_source, "directory": "vae"}]
+    loaders = [base, text, vae]
+    positive = Node("CLIPTextEncode", "Prompt", {"text": PROMPT, "clip": text[0]}, (400, 170))
+    negative = Node("CLIPTextEncode", "Negative prompt", {"text": NEGATIVE, "clip": text[0]}, (400, 110))
+    latent = Node(model.latent, "Size", {"width": 1024, "height": 1024, "batch_size": 1}, (400, 110))
+
+    base_trunk = base
+    patches = []
+    if model.shift is not None:
+        base_trunk = Node("ModelSamplingSD3", "Shift", {"shift": model.shift, "model": base[0]}, (340, 60))
+        patches.append(base_trunk)
+    variants = {"": base_trunk}
+    if edit:
+        weights = Node(
+            "EDiTLoadWeights", "Load EDiT weights", {"edit_name": f"{model.name}_edit.safetensors"}, (340, 60)
+        )
+        applied = Node(
+            "EDiTApply", "Apply EDiT",
+            {"layers": "all", "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0,
+             "model": base_trunk[0], "edit_weights": weights[0]}, (340, 170),
+        )  # fmt: skip
+        patches += [weights, applied]
+        variants = {"_base": base_trunk, "_edit": applied} if both else {"_edit": applied}
+    settings = [positive, negative, latent]
+    seed: Any = SEED
+    if both:
+        settings.append(Node("PrimitiveInt", "Seed of both", {"value": SEED}, (400, 82), after_generate="fixed"))
+        seed = settings[-1][0]
+
+    groups = [
+        Group("1 · Models", BLUE, [(340, loaders)]),
+        Group("2 · Prompt, size and seed" if both else "2 · Prompt and size", BLUE, [(400, settings)]),
+    ]
+    if patches:
+        groups.append(
+            Group("3 · Linear attention" if edit else "3 · Sampling", GREEN if edit else BLUE, [(340, patches)])
+        )
+    for suffix, source in variants.items():
+        sampler = Node(
+            "KSampler", f"Sample{' base' if suffix == '_base' else ' EDiT' if suffix else ''}",
+            {"seed": seed, **model.sampling, "model": source[0], "positive": positive[0], "negative": negative[0],
+             "latent_image": latent[0]}, (315, 262), after_generate="fixed" if both else "randomize",
+        )  # fmt: skip
+        decode = Node("VAEDecode", "Decode", {"samples": sampler[0], "vae": vae[0]}, (315, 46))
+        save = Node(
+            "SaveImage", f"Save{' base' if suffix == '_base' else ' EDiT' if suffix else ''}",
+            {"filename_prefix": f"EDiT/{model.name}{suffix}", "images": decode[0]}, (360, 390),
+        )  # fmt: skip
+        arm = {"_base": ("Base model: softmax attention", VIOLET), "_edit": ("EDiT: linear attention", GREEN)}
+        label, color = arm[suffix] if both else ("Picture", BLUE)
+        groups.append(Group(f"{len(groups) + 1} · {label}", color, [(315, [sampler, decode]), (360, [save])]))
+    nodes = [node for group in groups for _, column in group.columns for node in column]
+    for number, node in enumerate(nodes, start=1):
+        node.id = number
+    return groups
+
+
+def note_of(model: Model, kind: str) -> str:
+    """Markdown for the user: the files, what EDiT does, and what is not there yet."""
+    renamed = {
+        "diffusion_models": (model.file, model.source),
+        "vae": (model.vae, model.vae_source),
+    }
+
+    def line(name: str, url: str) -> str:
+        original = Path(url).name
+        return (
+            f"- `{name}`"
+            + ("" if original == name else f" (download [{original}]({url}), then rename it)")
+            + (f" ([download]({url}))" if original == name else "")
+        )
+
+    text = [f"## {model.title}: {KINDS[kind]}", "", "### Files", ""]
+    text += ["**models/diffusion_models**", "", line(*renamed["diffusion_models"]), ""]
+    text += ["**models/text_encoders**", "", *(line(n, u) for n, u in model.text_files.items()), ""]
+    text += ["**models/vae**", "", line(*renamed["vae"]), ""]
+    if kind:
+        text += ["**models/edit**", "", f"- `{model.name}_edit.safetensors` (see below)", ""]
+    text += [
+        "*EDiT: Load Model* also finds files in models/checkpoints. After adding files, press **R**."
+        + (" The model is gated: accept its licence on its page first." if model.name == "sd35_medium" else ""), "",
+    ]  # fmt: skip
+    if kind == "":
+        text += [
+            "### And EDiT?", "",
+            "This is the base model with its own softmax attention: the picture to compare with. "
+            "The templates with `_edit` and `_ab` in their names add EDiT's linear attention.",
+        ]  # fmt: skip
+        return "\n".join(text)
+    text += ["### What EDiT does", "", WHAT[model.name], ""]
+    text += [
+        "### No trained weights are published yet", "",
+        "EDiT needs weights that were distilled from this base model, and none can be downloaded today. You can",
+        "",
+        "- distil your own (the pack's README says how), or",
+        "- try the graph with untrained ones: *EDiT: Init Weights* into *EDiT: Save Weights*, then choose the file "
+        "in *Load EDiT weights*. They show that everything runs and how fast; **they draw badly**.",
+    ]  # fmt: skip
+    if kind == "_ab":
+        text += [
+            "", "### Reading the two pictures", "",
+            "Both samplers get the same seed, prompt and settings; the attention is all that differs. "
+            "The base picture is the same as without EDiT in the graph.",
+        ]  # fmt: skip
+    else:
+        text += ["", "To switch EDiT off, bypass *Apply EDiT* (Ctrl+B): that gives the base model's own picture."]
+    return "\n".join(text)
+
+
+WHAT = {
+    "pixart_sigma": "The softmax self-attention of PixArt-Σ compares every image token with every other, so its cost "
+    "grows with the square of the picture's area. *Apply EDiT* replaces it by linear compressed attention, whose cost "
+    "grows with the area itself: the larger the picture, the more it saves.",
+    "sd35_medium": "The softmax attention of SD3.5 compares every image token with every other, so its cost grows with "
+    "the square of the picture's area. *Apply EDiT* makes attention between image tokens linear and keeps softmax "
+    "wherever the prompt takes part (MM-EDiT): the larger the picture, the more it saves.",
+}
+
+
+def api_of(groups: list[Group]) -> dict[str, Any]:
+    nodes = [node for group in groups for _, column in group.columns for node in column]
+    return {
+        str(node.id): {
+            "inputs": {k: [str(v[0].id), v[1]] if isinstance(v, tuple) else v for k, v in node.inputs.items()},
+            "class_type": node.type,
+            "_meta": {"title": node.title},
+        }
+        for node in nodes
+    }
+
+
+def place(groups: list[Group], left: int) -> tuple[dict[int, tuple[int, int]], list[dict[str, Any]]]:
+    """Positions of the nodes and the groups' frames: groups side by side, an A/B's two arms one below the other."""
+    positions: dict[int, tuple[int, int]] = {}
+    frames: list[dict[str, Any]] = []
+    x, top, arm_x = left, 0, None
+    for number, group in enumerate(groups, start=1):
+        if group.color == GREEN and groups[number - 2].color == VIOLET:
+            x, top = arm_x or 0, frames[-1]["bounding"][1] + frames[-1]["bounding"][3] + GAP
+        arm_x, column_x, bottom = x, x + 12, 0
+        for width, column in group.columns:
+            y = top + 44 + TITLE_HEIGHT
+            for node in column:
+                positions[node.id] = (column_x, y)
+                y += node.size[1] + GAP + TITLE_HEIGHT
+            bottom = max(bottom, y - TITLE_HEIGHT - GAP + 14)
+            column_x += width + 40
+        width = column_x - 40 + 12 - x
+        frames.append(
+            {"id": number, "title": group.title, "bounding": [x, top, width, bottom - top], "color": group.color,
+             "font_size": 24, "flags": {}}
+        )  # fmt: skip
+        x += width + GAP
+    return positions, frames
+
+
+def ui_of(groups: list[Group], note: str, info: dict[str, Any]) -> dict[str, Any]:
+    nodes = [node for group in groups for _, column in group.columns for node in column]
+    note_width, note_height = 460, 620 if len(note) > 1500 else 340
+    positions, frames = place(groups, 0)
+    links: list[list[Any]] = []
+    drawn: dict[int, dict[str, Any]] = {}
+    for order, node in enumerate(nodes):
+        schema = info[node.type]
+        outputs = [
+            {"name": name, "type": kind, "links": []}
+            for name, kind in zip(schema["output_name"], schema["output"], strict=True)
+        ]
+        core = not node.type.startswith("EDiT")
+        properties: dict[str, Any] = {"cnr_id": "comfy-core" if core else PACK_ID, "Node name for S&R": node.type}
+        if node.models:
+            properties["models"] = node.models
+        drawn[node.id] = {
+            "id": node.id, "type": node.type, "pos": list(positions[node.id]), "size": list(node.size), "flags": {},
+            "order": order, "mode": 0, "inputs": [], "outputs": outputs, "title": node.title,
+            "properties": properties, "widgets_values": [],
+        }  # fmt: skip
+    for node in nodes:
+        schema = info[node.type]
+        specs = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
+        sockets, widgets = [], []
+        for name in specs:
+            kind = specs[name][0]
+            options = specs[name][1] if len(specs[name]) > 1 else {}
+            is_widget = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+            socket: dict[str, Any] = {"name": name, "type": "COMBO" if isinstance(kind, list) else kind}
+            if is_widget:
+                socket["widget"] = {"name": name}
+            socket["link"] = None
+            value = node.inputs[name]
+            if isinstance(value, tuple):
+                source, output = value
+                slot = drawn[source.id]["outputs"][output]
+                socket["link"] = len(links) + 1
+                slot["links"].append(socket["link"])
+                links.append([socket["link"], source.id, output, node.id, (name, is_widget), slot["type"]])
+            (widgets if is_widget else sockets).append(socket)
+            if is_widget:
+                drawn[node.id]["widgets_values"].append(SEED if isinstance(value, tuple) else value)
+                if name in ("seed", "noise_seed") or options.get("control_after_generate"):
+                    drawn[node.id]["widgets_values"].append(node.after_generate)
+        drawn[node.id]["inputs"] = sockets + widgets  # as the frontend orders them
+    for link in links:
+        names = [socket["name"] for socket in drawn[link[3]]["inputs"]]
+        link[4] = names.index(link[4][0])
+    markdown = {
+        "id": len(nodes) + 1, "type": "MarkdownNote", "pos": [-note_width - GAP, TITLE_HEIGHT],
+        "size": [note_width, note_height], "flags": {}, "order": len(nodes), "mode": 0, "inputs": [], "outputs": [],
+        "title": "Read me", "properties": {}, "widgets_values": [note], "color": "#432", "bgcolor": "#653",
+    }  # fmt: skip
+    return {
+        "last_node_id": markdown["id"], "last_link_id": len(links), "nodes": [*drawn.values(), markdown],
+        "links": links, "groups": frames, "config": {}, "extra": {}, "version": 0.4,
+    }  # fmt: skip
+
+
+def main() -> None:
+    info = json.loads(Path(sys.argv[1]).read_text())
+    (OUT / "api").mkdir(parents=True, exist_ok=True)
+    for model in MODELS:
+        for kind in KINDS:
+            groups = groups_of(model, kind)
+            for path, content in (
+                (OUT / "api" / f"{model.name}{kind}.json", api_of(groups)),
+                (OUT / f"{model.name}{kind}.json", ui_of(groups, note_of(model, kind), info)),
+            ):
+                path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
