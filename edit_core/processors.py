@@ -93,7 +93,7 @@ class SelfProcessor(Processor):
 class JointProcessor(Processor):
     """MM-EDiT in place of a joint attention: image `(B, N, C)`, prompt `(B, P, C)` -> the same two."""
 
-    def edit(self, attn: Any, x: Tensor, prompt: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    def edit(self, attn: Any, x: Tensor, prompt: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
         q_p = _normed(attn.add_q_proj(prompt), attn, attn.norm_added_q)  # (B, P, C)
         k_p = _normed(attn.add_k_proj(prompt), attn, attn.norm_added_k)  # (B, P, C)
         y_image, y_prompt = self.side(
@@ -106,8 +106,8 @@ class JointProcessor(Processor):
             attn.norm_k,
             prompt_rows=not attn.context_pre_only,
         )  # (B, N, C), (B, P, C) or None
-        # The last block's caller drops the prompt rows, so what stands there does not matter.
-        prompt_out = prompt if y_prompt is None else attn.to_add_out(y_prompt)
+        # The last block's caller drops the prompt rows.
+        prompt_out = None if y_prompt is None else attn.to_add_out(y_prompt)
         return attn.to_out[1](attn.to_out[0](y_image)), prompt_out
 
 

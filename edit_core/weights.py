@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .attention import SITES, LayerFactory
 from .backbones import BACKBONES, Base, identify_module
 from .config import EDiTConfig
-from .errors import EDiTConfigError, EDiTWeightsError
+from .errors import EDiTConfigError, EDiTError, EDiTWeightsError
 from .layers import format_layers, parse_layers
 
 __all__ = ["EDiTWeights", "LoadReport", "build_sides"]
@@ -98,7 +98,7 @@ class EDiTWeights:
 
         Raises:
             EDiTModelError: not a transformer that EDiT knows.
-            EDiTError: a bad `layers` text.
+            EDiTError: a bad `layers` text, or one that names no block.
         """
         state = transformer.state_dict()
         return cls.init_for(identify_module(transformer), state.__getitem__, config, layers, seed)
@@ -110,6 +110,8 @@ class EDiTWeights:
         """:meth:`init` for a base that need not be in memory: `tensor` gives a few of its biases by name."""
         config = config or EDiTConfig()
         chosen = {block: base.sites[block] for block in parse_layers(layers, base.depth)}
+        if not chosen:
+            raise EDiTError(f"layers: {layers!r} names no block, so there are no weights to make")
         sides = build_sides(base.dim, chosen, config, device=torch.device("meta"))
         generator = torch.Generator().manual_seed(seed)
         tensors = {name: _initial(name, tuple(t.shape), config, generator) for name, t in sides.state_dict().items()}

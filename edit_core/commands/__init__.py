@@ -7,10 +7,18 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import bench, demo, info, init
+from . import bench, cache, calibrate, demo, distill, info, init
 from .common import Result
 
 __all__ = ["COMMANDS", "Result"]
 
 
-COMMANDS: dict[str, ModuleType] = {"demo": demo, "init": init, "info": info, "bench": bench}
+COMMANDS: dict[str, ModuleType] = {
+    "demo": demo,
+    "init": init,
+    "info": info,
+    "cache": cache,
+    "distill": distill,
+    "calibrate": calibrate,
+    "bench": bench,
+}

@@ -32,8 +32,6 @@ def run(options: Any) -> Result:
     file = BaseFile(options.base)
     base = file.identify()
     weights = EDiTWeights.init_for(base, file.tensor, config_of(options), options.layers, options.seed)
-    if not weights.tensors:
-        raise EDiTError(f"layers: {options.layers!r} names no block, so there are no weights to make")
     weights.save(output)
     parameters = sum(t.numel() for t in weights.tensors.values())
     text = f"{output}: {parameters / 1e6:.1f} M parameters for blocks {format_layers(weights.sites)} of {base}"

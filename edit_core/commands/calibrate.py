@@ -1,0 +1,83 @@
+"""Train EDiT weights for minutes, from a handful of prompts, on what the teacher sees while it draws.
+
+It is the first stage of a distillation alone, and needs no data set; a full distillation goes further.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import EDiTError
+from ..weights import EDiTWeights
+from .common import DTYPES, Result, add_config_arguments, config_of, device_of, progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="the teacher: a diffusers pipeline's folder")
+    parser.add_argument("--prompts", required=True, help="a text file with one prompt per line")
+    parser.add_argument("--output", required=True, help="the .safetensors file to write; it must not exist yet")
+    parser.add_argument("--weights", default=None, help="EDiT weights to begin with, instead of untrained ones")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="training steps, each one step of the teacher's sampling"
+    )
+    parser.add_argument("--lr", type=float, default=5e-3, help="highest learning rate")
+    parser.add_argument("--size", type=int, default=512, help="pixels per side of the pictures that the teacher draws")
+    parser.add_argument("--sampler-steps", type=int, default=20, help="sampling steps per picture")
+    parser.add_argument("--guidance", type=float, default=4.5, help="the teacher's guidance scale")
+    parser.add_argument("--seed", type=int, default=0, help="seeds the pictures and the untrained weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the teacher and the computation")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    add_config_arguments(parser)
+
+
+def run(options: Any) -> Result:
+    output, prompts = Path(options.output), Path(options.prompts)
+    if output.exists():
+        raise EDiTError(f"{output} exists already; choose another name")
+    if not prompts.is_file():
+        raise EDiTError(f"{prompts}: there is no such file")
+    if options.steps < 1 or options.sampler_steps < 1 or options.size < 16 or options.size % 16:
+        raise EDiTError("--steps and --sampler-steps must be at least 1, and --size a multiple of 16")
+    texts = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        from ..distill.calibrate import calibrate
+        from ..distill.encoders import PipelineEncoder
+        from ..distill.engine import load_teacher
+    except ImportError as error:
+        raise EDiTError(f"calibrate needs {error.name}: install edit-attention[distill]") from None
+    device, dtype = device_of(options), DTYPES[options.dtype]
+    transformer = load_teacher(Path(options.model), dtype, device)
+    if options.weights:
+        weights = EDiTWeights.load(options.weights)
+    else:
+        weights = EDiTWeights.init(transformer, config_of(options), options.layers, options.seed)
+    encoder = PipelineEncoder(options.model, device, dtype)
+    conditions, negative = [encoder.encode_prompts([text]) for text in texts], encoder.encode_prompts([""])
+    del encoder
+    bar = iter(progress(range(options.steps), options.steps, "calibrate"))
+
+    def on_step(step: int, loss: float) -> None:
+        next(bar, None)
+
+    trained, losses = calibrate(
+        transformer,
+        weights,
+        conditions,
+        negative,
+        steps=options.steps,
+        lr=options.lr,
+        height=options.size // 8,
+        width=options.size // 8,
+        sampler_steps=options.sampler_steps,
+        guidance=options.guidance,
+        seed=options.seed,
+        on_step=on_step,
+    )
+    trained.save(output)
+    data = {"file": str(output), "losses": losses, "training": json.loads(json.dumps(trained.training))}
+    return Result(f"{output}: mean relative error {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps", data)

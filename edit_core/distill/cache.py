@@ -1,0 +1,629 @@
+"""Builds a cache: shards of latents and text embeddings, by resolution and bucket.
+
+    cache/settings.json                               what it is made with; another run must agree
+    cache/empty_prompt.safetensors                    the embeddings of the empty prompt
+    cache/512/64x64/shard-RRR-NNNNNN.tar              samples of 64x64 latent cells, written by process RRR
+    cache/512/64x64/shard-RRR-NNNNNN.json             that shard's record: samples, bytes, sha256, keys and places
+    cache/ranks/rank-RRR-of-WWW.json                  what process RRR left out, once it is through
+    cache/manifest.json                               all of it, once every process is through
+
+A shard exists once its record does. The record is written last, after the shard has its final name and lies on the
+disk; a process that dies leaves at most files without a record, which its next run removes. Nothing is locked: every
+process takes its own share of the keys, and writes only files with its own number in their names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import tarfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ..errors import EDiTError
+from .encoders import CELL, Encoder
+from .sources import Item, Source
+
+__all__ = ["EMPTY_PROMPT", "FORMAT", "FORMAT_VERSION", "CacheReport", "Progress", "buckets", "build_cache", "read_json"]
+
+FORMAT = "edit-cache"
+FORMAT_VERSION = 1
+EMPTY_PROMPT = "empty_prompt.safetensors"
+Progress = Callable[[Iterable[Item], int, str], Iterable[Item]]
+"""`edit_core.commands.common.progress`, or alike."""
+
+_SHARD_SECONDS = 600.0  # a shard is closed after so long, full or not, so that a kill costs no more than that
+_EXAMPLES = 5  # images that a report names
+_READERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass
+class CacheReport:
+    """What one process, or all of them, made of its images."""
+
+    images: int = 0
+    cached: dict[str, int] = field(default_factory=dict)
+    """By resolution."""
+    too_small: dict[str, int] = field(default_factory=dict)
+    """By resolution: images that would have to be enlarged."""
+    no_caption: int = 0
+    broken: int = 0
+    duplicates: int = 0
+    examples: list[str] = field(default_factory=list)
+    """A few of the images that were left out as broken or without a caption, and why."""
+    complete: bool = False
+    """Whether all processes are through, and the manifest is written."""
+
+    def leave_out(self, item: Item, reason: str) -> None:
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(f"{item.name}: {reason}")
+
+    def add(self, other: CacheReport) -> None:
+        for name in ("images", "no_caption", "broken", "duplicates"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("cached", "too_small"):
+            counts = getattr(self, name)
+            for resolution, count in getattr(other, name).items():
+                counts[resolution] = counts.get(resolution, 0) + count
+        self.examples = (self.examples + other.examples)[:_EXAMPLES]
+
+    def __str__(self) -> str:
+        cached = ", ".join(f"{count} at {resolution}" for resolution, count in self.cached.items())
+        left = [f"{count} too small for {resolution}" for resolution, count in self.too_small.items() if count]
+        counts = {"without a caption": self.no_caption, "broken": self.broken, "found twice": self.duplicates}
+        left += [f"{count} {what}" for what, count in counts.items() if count]
+        lines = [f"{self.images} images; cached {cached}", "left out: " + (", ".join(left) or "none")]
+        return "\n".join([*lines, *(f"  {example}" for example in self.examples)])
+
+
+def buckets(resolution: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
+    """Sizes (height, width) in pixels whose area is near `resolution`², sides multiples of `step`.
+
+    Raises:
+        EDiTError: no such size, or a step that latents cannot have.
+    """
+    if step < 2 * CELL or step % (2 * CELL):
+        raise EDiTError(f"a bucket step of {step} pixels cannot be: it must be a multiple of {2 * CELL}")
+    if max_aspect < 1:
+        raise EDiTError(f"a largest aspect of {max_aspect} cannot be: a square's is 1")
+    sizes = set()
+    for short in range(step, resolution + 1, step):
+        long = round(resolution * resolution / short / step) * step
+        if short <= long <= short * max_aspect:
+            sizes |= {(short, long), (long, short)}
+    if not sizes:
+        raise EDiTError(f"no bucket of {resolution}² pixels has sides that are multiples of {step}")
+    return sorted(sizes)
+
+
+class View(NamedTuple):
+    """An image at one resolution."""
+
+    resolution: int
+    pixels: Tensor
+    """(3, H, W) uint8."""
+    meta: dict[str, Any]
+    """The sample's json: caption, name, original size (width, height) and crop (left, top, right, bottom)."""
+
+    @property
+    def bucket(self) -> tuple[int, int, int]:
+        """Resolution, and height and width in pixels."""
+        return self.resolution, self.pixels.shape[1], self.pixels.shape[2]
+
+
+def build_cache(
+    source: Source,
+    encoder: Encoder,
+    output: str | Path,
+    resolutions: Sequence[int],
+    *,
+    batch_size: int = 8,
+    shard_size: int = 256,
+    bucket_step: int = 64,
+    max_aspect: float = 2.0,
+    rank: int = 0,
+    world: int = 1,
+    progress: Progress = lambda items, total, label: items,
+) -> CacheReport:
+    """Encodes a source's images and captions into a folder, or goes on where an earlier run stopped.
+
+    Every image goes, at every resolution, to the bucket whose aspect is nearest to its own: it is scaled down and
+    cropped at the centre. It is never enlarged. Ctrl-C closes the open shards, then raises KeyboardInterrupt.
+
+    Args:
+        source: images with captions.
+        encoder: see :class:`Encoder`.
+        output: the cache's folder; made if need be.
+        resolutions: pixels per side of a square.
+        batch_size: images of the smallest resolution per call of the VAE (fewer of the larger ones), and prompts per
+            call of the text encoders.
+        shard_size: most samples per shard.
+        bucket_step: buckets' sides are multiples of so many pixels.
+        max_aspect: of the longer to the shorter side of a bucket.
+        rank: this process's number among those that share the work; no two at once may have the same.
+        world: how many processes share the work.
+        progress: wraps the source's items.
+
+    Returns:
+        the report of all processes if this was the last one, else of this one.
+
+    Raises:
+        EDiTError: bad arguments, an existing cache of something else, nothing usable in the source, memory or disk
+            that do not suffice. Finished shards stay, and the next run goes on from them.
+    """
+    output = Path(output)
+    if not 0 <= rank < world <= 999:
+        raise EDiTError(f"process {rank} of {world} cannot be: ranks go from 0 to world - 1, and world to 999")
+    if batch_size < 1 or shard_size < 1:
+        raise EDiTError("the batch size and the shard size must be at least 1")
+    resolutions = sorted(set(resolutions))
+    sizes = {r: buckets(r, bucket_step, max_aspect) for r in resolutions}
+    settings = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "backbone": encoder.backbone,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "encoder": encoder.fingerprint,
+        "source": source.name,
+        "resolutions": resolutions,
+        "bucket_step": bucket_step,
+        "max_aspect": float(max_aspect),
+    }
+    with _writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        _agree(output, settings)
+        _remove_unfinished(output, None if world == 1 else rank)
+        (output / "ranks" / _rank_file(rank, world)).unlink(missing_ok=True)
+        empty = output / EMPTY_PROMPT
+        if not empty.exists():
+            with _memory("one prompt"):
+                prompt = encoder.encode_prompts([""])
+            _write(empty, save({name: tensor[0].contiguous() for name, tensor in prompt.items()}))
+        done: dict[int, set[str]] = {r: set() for r in resolutions}
+        for record in _records(output):
+            done[int(record["file"].split("/")[0])].update(record["keys"])
+    build = _Build(encoder, output, done, batch_size, shard_size, rank, world)
+    with _deferred_interrupt() as stop:
+        build.run(source, sizes, progress, stop)
+    report = build.report
+    with _writing(output):
+        _write(output / "ranks" / _rank_file(rank, world), _json(asdict(report)))
+        reports = [output / "ranks" / _rank_file(number, world) for number in range(world)]
+        if not all(path.exists() for path in reports):
+            return report
+        return _finish(output, settings, [CacheReport(**read_json(path)) for path in reports])
+
+
+class _Build:
+    """The state of one run: what waits for its batch, and the open shards."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        output: Path,
+        done: dict[int, set[str]],
+        batch_size: int,
+        shard_size: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.encoder, self.output, self.done = encoder, output, done
+        self.batch_size, self.shard_size, self.rank, self.world = batch_size, shard_size, rank, world
+        counts = {str(r): 0 for r in done}
+        self.report = CacheReport(cached=dict(counts), too_small=dict(counts))
+        self.chunk: list[tuple[Item, list[View]]] = []
+        self.waiting: dict[tuple[int, int, int], list[tuple[str, View, dict[str, Tensor]]]] = {}
+        self.shards: dict[tuple[int, int, int], _Shard] = {}
+
+    def run(
+        self, source: Source, sizes: dict[int, list[tuple[int, int]]], progress: Progress, stop: threading.Event
+    ) -> None:
+        from PIL import UnidentifiedImageError
+
+        captions = seen = 0
+        keys: set[str] = set()
+
+        def mine() -> Iterator[Item]:
+            nonlocal captions, seen
+            for item in source:
+                seen += 1
+                captions += item.caption is not None
+                # By a digest, not by position: a source that grew still gives every process its former share.
+                if int(item.key[-8:], 16) % self.world == self.rank:
+                    yield item
+
+        def read(item: Item) -> list[View] | str:
+            wanted = {r: sizes[r] for r in self.done if item.key not in self.done[r]}
+            if item.caption is None or not wanted:
+                return []
+            try:
+                return _views(item, wanted)
+            except UnidentifiedImageError:  # its own message has only an address in memory
+                return "not an image that Pillow can read"
+            except Exception as error:  # Pillow raises every kind there is for a damaged file
+                return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+        label = f"cache {self.rank + 1}/{self.world}" if self.world > 1 else "cache"
+        items = progress(mine(), source.count // self.world, label)
+        try:
+            with ThreadPoolExecutor(_READERS) as pool:
+                for item, views in _ahead(pool, read, items, 2 * _READERS):
+                    if stop.is_set():
+                        raise KeyboardInterrupt
+                    self.report.images += 1
+                    if item.key in keys:
+                        self.report.duplicates += 1
+                        self.report.leave_out(item, "an image of this name came before")
+                        continue
+                    keys.add(item.key)
+                    self._take(item, views)
+            self._encode_chunk()
+            for bucket in list(self.waiting):
+                self._encode_waiting(bucket)
+            self._close_all()
+        except _DiskError:
+            self._abandon_all()
+            raise
+        except BaseException:
+            self._close_all()
+            raise
+        if seen and not captions:
+            raise EDiTError(f"{source.name}: none of its {seen} images has a caption")
+
+    def _take(self, item: Item, views: list[View] | str) -> None:
+        if item.caption is None:
+            self.report.no_caption += 1
+            self.report.leave_out(item, "no caption")
+        elif isinstance(views, str):
+            self.report.broken += 1
+            self.report.leave_out(item, views)
+        else:
+            new = {view.resolution for view in views}
+            for resolution, done in self.done.items():
+                if resolution in new or item.key in done:
+                    self.report.cached[str(resolution)] += 1
+                else:
+                    self.report.too_small[str(resolution)] += 1
+            if views:
+                self.chunk.append((item, views))
+            if len(self.chunk) == self.batch_size:
+                self._encode_chunk()
+
+    def _encode_chunk(self) -> None:
+        """Encodes the chunk's captions, once for all resolutions, and hands its images on to their buckets."""
+        chunk, self.chunk = self.chunk, []
+        if not chunk:
+            return
+        with _memory(f"{len(chunk)} prompts"):
+            prompts = self.encoder.encode_prompts([item.caption or "" for item, _ in chunk])
+        for index, (item, views) in enumerate(chunk):
+            prompt = {name: tensor[index] for name, tensor in prompts.items()}
+            for view in views:
+                self.waiting.setdefault(view.bucket, []).append((item.key, view, prompt))
+                # Larger images in smaller batches, so that one batch size suits all resolutions.
+                most = max(1, self.batch_size * min(self.done) ** 2 // view.resolution**2)
+                if len(self.waiting[view.bucket]) >= most:
+                    self._encode_waiting(view.bucket)
+
+    def _encode_waiting(self, bucket: tuple[int, int, int]) -> None:
+        samples = self.waiting.pop(bucket)
+        resolution, height, width = bucket
+        with _memory(f"{len(samples)} images of {height}x{width} pixels"):
+            latents = self.encoder.encode_images(torch.stack([view.pixels for _, view, _ in samples]))
+        for (key, view, prompt), latent in zip(samples, latents, strict=True):
+            shard = self.shards.get(bucket)
+            if shard is None:
+                folder = self.output / str(resolution) / f"{height // CELL}x{width // CELL}"
+                shard = self.shards[bucket] = _Shard(self.output, folder, self.rank)
+            tensors = {"latent": latent, **prompt}
+            shard.add(key, {name: t.contiguous() for name, t in tensors.items()}, view.meta)
+            if len(shard.keys) >= self.shard_size:
+                self.shards.pop(bucket).close()
+        now = time.monotonic()
+        for other in [b for b, shard in self.shards.items() if now - shard.opened > _SHARD_SECONDS]:
+            self.shards.pop(other).close()
+
+    def _close_all(self) -> None:
+        while self.shards:
+            self.shards.popitem()[1].close()
+
+    def _abandon_all(self) -> None:
+        while self.shards:
+            self.shards.popitem()[1].abandon()
+
+
+class _Shard:
+    """A tar being written under a temporary name."""
+
+    def __init__(self, root: Path, folder: Path, rank: int) -> None:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            numbers = [int(path.stem[-6:]) for path in folder.glob(f"shard-{rank:03d}-??????.*")]
+            self.path = folder / f"shard-{rank:03d}-{max(numbers, default=-1) + 1:06d}.tar"
+            self.part = self.path.with_suffix(".part")
+            self.file = open(self.part, "wb")  # noqa: SIM115 - closed by close() or abandon()
+        self.root, self.opened = root, time.monotonic()
+        self.digest, self.bytes, self.whole = hashlib.sha256(), 0, True
+        self.keys: list[str] = []
+        self.places: list[tuple[int, int]] = []
+
+    def add(self, key: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Appends a sample: two members, as webdataset has them."""
+        self.whole = False
+        with _writing(self.part):
+            place = self.bytes
+            data = save(tensors)
+            self._member(f"{key}.safetensors", data)
+            self._member(f"{key}.json", _json(meta))
+        self.keys.append(key)
+        self.places.append((place, len(data)))
+        self.whole = True
+
+    def _member(self, name: str, data: bytes) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._append(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+
+    def _append(self, data: bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+        self.bytes += len(data)
+
+    def close(self) -> None:
+        """Makes the shard exist, unless it was cut off within a sample (by a second Ctrl-C)."""
+        if not self.whole:
+            self.abandon()
+            return
+        try:
+            with _writing(self.path):
+                self._append(bytes(2 * tarfile.BLOCKSIZE))
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.file.close()
+                os.replace(self.part, self.path)
+                record = {
+                    "file": self.path.relative_to(self.root).as_posix(),
+                    "samples": len(self.keys),
+                    "bytes": self.bytes,
+                    "sha256": self.digest.hexdigest(),
+                    "keys": self.keys,
+                    "places": self.places,
+                }
+                _write(self.path.with_suffix(".json"), _json(record))
+        except _DiskError:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Removes what was written, as far as that is possible."""
+        with suppress(OSError):
+            self.file.close()  # flushes, which fails again on a full disk
+        with suppress(OSError):
+            self.part.unlink(missing_ok=True)
+
+
+def _views(item: Item, wanted: dict[int, list[tuple[int, int]]]) -> list[View]:
+    """The image in its bucket of every resolution for which it is large enough."""
+    import numpy
+    from PIL import Image, ImageOps
+
+    views = []
+    with Image.open(io.BytesIO(item.read())) as opened:
+        if opened.mode.startswith(("I", "F")):
+            raise ValueError(f"its colours are {opened.mode}, not of 8 bits")
+        quarter_turn = opened.getexif().get(0x0112, 1) >= 5  # the orientation that cameras note
+        width, height = opened.size[::-1] if quarter_turn else opened.size
+        image: Image.Image | None = None
+        for resolution, sizes in wanted.items():
+            size = min(sizes, key=lambda size: (_ratio(size[0] * width, size[1] * height), size))
+            if size[0] > height or size[1] > width:
+                continue
+            if image is None:
+                image = _rgb(ImageOps.exif_transpose(opened))
+            scale = min(height / size[0], width / size[1])
+            left, top = (round((a - b * scale) / 2, 6) for a, b in ((width, size[1]), (height, size[0])))
+            crop = (left, top, width - left, height - top)
+            scaled = image.resize(size[::-1], Image.Resampling.LANCZOS, box=crop)
+            pixels = torch.from_numpy(numpy.array(scaled)).permute(2, 0, 1).contiguous()
+            meta = {"caption": item.caption, "source": item.name, "size": [width, height], "crop": crop}
+            views.append(View(resolution, pixels, meta))
+    return views
+
+
+def _ratio(a: float, b: float) -> float:
+    return max(a / b, b / a)
+
+
+def _rgb(image: Any) -> Any:
+    """As RGB, with what is transparent in white."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, read: Callable[[Item], list[View] | str], items: Iterable[Item], depth: int
+) -> Iterator[tuple[Item, list[View] | str]]:
+    """Reads items in other threads, in order, at most `depth` ahead."""
+    waiting: deque[tuple[Item, Future[list[View] | str]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(read, item)))
+            if len(waiting) >= depth:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event; the second one interrupts as always. Other threads get none anyway."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _DiskError(EDiTError):
+    """The cache cannot be written; closing more shards would fail too."""
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _DiskError(
+            f"{path}: cannot be written ({error.strerror or error}); finished shards are kept, so run the same "
+            "command again once that is mended"
+        ) from None
+
+
+@contextmanager
+def _memory(what: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise EDiTError(
+            f"the device's memory does not suffice to encode {what}; choose a smaller batch size or dtype "
+            "(finished shards are kept)"
+        ) from None
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a cache.
+
+    Raises:
+        EDiTError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise EDiTError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise EDiTError(f"{path}: cannot be read ({error})") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file that is there whole or not at all, even when the power fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name == "posix":  # the folder's entry; Windows has no such call
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _agree(output: Path, settings: dict[str, Any]) -> None:
+    """Notes the settings in a new cache, or checks that they are an existing one's."""
+    path = output / "settings.json"
+    if not path.exists():
+        _write(path, _json(settings))
+    before = read_json(path)
+    if not isinstance(before, dict):
+        raise EDiTError(f"{path}: is not a cache's settings")
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise EDiTError(
+                f"{output}: this cache was begun with {name} {before.get(name)!r}, and now it is {value!r}; "
+                "choose another folder, or the same settings"
+            )
+
+
+def _remove_unfinished(output: Path, rank: int | None) -> None:
+    """Removes what a dead process left: shards without a record. Of all processes where this is the only one."""
+    name = "???" if rank is None else f"{rank:03d}"
+    for path in output.glob(f"*/*/shard-{name}-??????.part"):
+        path.unlink(missing_ok=True)
+    for path in output.glob(f"*/*/shard-{name}-??????.tar"):
+        if not path.with_suffix(".json").exists():
+            path.unlink(missing_ok=True)
+
+
+def _records(output: Path) -> Iterator[dict[str, Any]]:
+    """The finished shards' records. A shard that was since lost or cut off does not count: its images come again."""
+    for path in sorted(output.glob("*/*/shard-*.json")):
+        record = read_json(path)
+        shard = path.with_suffix(".tar")
+        if shard.exists() and shard.stat().st_size == record["bytes"]:
+            yield record
+
+
+def _rank_file(rank: int, world: int) -> str:
+    return f"rank-{rank:03d}-of-{world:03d}.json"
+
+
+def _finish(output: Path, settings: dict[str, Any], reports: list[CacheReport]) -> CacheReport:
+    """Writes the manifest. Two processes that end together write the same one."""
+    report = CacheReport(complete=True)
+    for part in reports:
+        report.add(part)
+    shards, owners = [], dict[tuple[str, str], str]()
+    for record in _records(output):
+        resolution = record["file"].split("/")[0]
+        for key in record.pop("keys"):
+            if (other := owners.setdefault((resolution, key), record["file"])) != record["file"]:
+                raise EDiTError(
+                    f"{output}: {record['file']} and {other} hold the same image, since two processes shared a rank; "
+                    "remove one of them with its .json and run the same command again"
+                )
+        del record["places"]
+        shards.append(record)
+    if not shards:
+        raise EDiTError(f"no image could be cached: {str(report).splitlines()[1]}")
+    empty = (output / EMPTY_PROMPT).read_bytes()
+    manifest = {
+        **settings,
+        "empty_prompt": {"file": EMPTY_PROMPT, "bytes": len(empty), "sha256": hashlib.sha256(empty).hexdigest()},
+        "report": asdict(report),
+        "shards": shards,
+    }
+    _write(output / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    return report

@@ -1,0 +1,85 @@
+"""Checkpoints of a training: complete, written whole or not at all, limited in number."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..errors import EDiTError
+
+__all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Writes `folder/<step>` and removes the oldest beyond `keep`.
+
+    A checkpoint appears by one rename, after all of it is on the disk: a kill at any moment leaves the earlier ones.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".part-{secrets.token_hex(4)}"
+    part.mkdir()
+    try:
+        _write(part / TENSORS, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+        _write(part / STATE, json.dumps(dict(state), indent=1).encode())
+        _sync(part)
+        target = folder / f"{step:08d}"
+        if target.exists():  # a run that was resumed from further back passes here again
+            shutil.rmtree(target)
+        os.rename(part, target)
+        _sync(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for old in _finished(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    finished = _finished(folder)
+    return finished[-1] if finished else None
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, on the CPU, and state.
+
+    Raises:
+        EDiTError: it is damaged; the message says what to do.
+    """
+    try:
+        return load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise EDiTError(f"{path} is damaged ({error}); delete it to resume from the checkpoint before it") from None
+
+
+def _finished(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[0-9]*") if (path / STATE).is_file())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Makes a folder's entries durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,171 @@
+"""A training's configuration: a YAML file, checked field by field before anything is loaded.
+
+pydantic does the checking: its errors name the field, and ComfyUI already ships it.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..config import EDiTConfig
+from ..errors import EDiTConfigError
+from .objective import Weighting
+
+__all__ = ["DistillStage", "RunConfig", "Stage", "TransferStage", "load_config"]
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StageBase(Strict):
+    resolution: Count = 512
+    """Which of the cache's resolutions to train on; pixels per side of a square picture."""
+    steps: Count
+    """Optimiser steps."""
+    batch_size: Count = 1
+    """Pictures per step, over all processes and accumulated micro-batches."""
+    accumulation: Count = 1
+    """Micro-batches per step and process; more of them need less memory."""
+    lr: Positive = 1e-4
+    """Highest learning rate."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises from zero."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """What the rate does after the warm-up; cosine falls to zero at the last step."""
+    clip: Positive = 1.0
+    """Longest gradient."""
+    caption_dropout: Share = 0.1
+    """How often a caption is replaced by the empty one, so that guidance keeps working."""
+    weighting: Weighting = "logit_normal"
+    """SD3.5 only: how times are drawn."""
+    shift: Positive = 1.0
+    """SD3.5 only: how far times are shifted towards noise; 3 at 1024 pixels."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> StageBase:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}")
+        return self
+
+
+class TransferStage(StageBase):
+    """Every replaced attention regresses the teacher's output on the teacher's own inputs, in one teacher pass."""
+
+    kind: Literal["transfer"]
+    lr: Positive = 1e-3
+
+
+class DistillStage(StageBase):
+    """The student as a whole: its task, its teacher's prediction, and its teacher's attention outputs."""
+
+    kind: Literal["distill"]
+    task: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the task loss: noise prediction (PixArt-Σ) or rectified flow (SD3.5)."""
+    prediction: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance to the teacher's prediction."""
+    feature: Annotated[float, Field(ge=0)] = 0.5
+    """Weight of the distance to the teacher's attention outputs, relative to their size, mean over attentions."""
+    gradient_checkpointing: bool = True
+    """Computes activations again in the backward pass: slower, far less memory."""
+
+
+Stage = Annotated[TransferStage | DistillStage, Field(discriminator="kind")]
+
+
+class RunConfig(Strict):
+    """Everything that a training depends on."""
+
+    model: Path
+    """The teacher: a diffusers pipeline's folder."""
+    cache: Path
+    """What `cache` wrote for it."""
+    output: Path
+    """Folder for checkpoints, logs and the student; made if need be."""
+    student: dict[str, Any] = Field(default_factory=dict)
+    """Fields of EDiTConfig that differ from its defaults."""
+    layers: str = "all"
+    """Blocks to make linear."""
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    """In this order."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    """adamw8bit needs bitsandbytes, prodigy prodigyopt."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the averaged weights, which are what is published; 0 for none."""
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the frozen base and the computation; trained weights are kept in float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto."""
+    seed: int = 0
+    checkpoint_every: Count = 500
+    """Steps between checkpoints; one more is written at the end of a stage and when stopped."""
+    keep_checkpoints: Count = 3
+    max_skipped: Count = 20
+    """So many steps with a loss that is not finite stop the run."""
+
+    @model_validator(mode="after")
+    def _student(self) -> RunConfig:
+        self.edit_config()
+        return self
+
+    def edit_config(self) -> EDiTConfig:
+        try:
+            return EDiTConfig(**self.student)
+        except TypeError as error:
+            raise ValueError(f"student: {error}") from None
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a configuration.
+
+    Args:
+        name: a path, or the name of one that ships in `edit_core/configs`.
+        overrides: `field=value` or `stages.0.steps=100`, the value in YAML.
+
+    Raises:
+        EDiTConfigError: no such file, no YAML, or a wrong field; the message names the field.
+    """
+    path = Path(name)
+    shipped = importlib.resources.files(__package__.rpartition(".")[0]) / "configs" / f"{name}.yaml"
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif shipped.is_file():
+        text = shipped.read_text(encoding="utf-8")
+    else:
+        raise EDiTConfigError(f"{name}: there is no such file, nor a configuration of that name in this package")
+    try:
+        data = yaml.safe_load(text)
+        for override in overrides:
+            _override(data, override)
+        return RunConfig.model_validate(data)
+    except yaml.YAMLError as error:
+        raise EDiTConfigError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise EDiTConfigError(f"{name}: {place}: {first['msg']}, not {first['input']!r:.80}{more}") from None
+
+
+def _override(data: Any, text: str) -> None:
+    field, equals, value = text.partition("=")
+    *path, last = field.split(".")
+    if not equals:
+        raise EDiTConfigError(f"{text!r} is not of the form field=value")
+    try:
+        for part in path:
+            data = data[int(part)] if isinstance(data, list) else data[part]
+        data[int(last) if isinstance(data, list) else last] = yaml.safe_load(value)
+    except (KeyError, IndexError, ValueError, TypeError):
+        raise EDiTConfigError(f"{field}: the configuration has no such place") from None

@@ -1,0 +1,217 @@
+"""A diffusers pipeline's own VAE and text encoders, from a folder on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import EDiTModelError
+
+__all__ = ["CELL", "Encoder", "PipelineEncoder"]
+
+CELL = 8
+"""Pixels per side of a latent cell, for both backbones."""
+
+_PIPELINES = {
+    "PixArtSigmaPipeline": ("pixart_sigma", ("vae", "text_encoder", "tokenizer")),
+    "StableDiffusion3Pipeline": (
+        "sd35_medium",
+        ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
+    ),
+}
+_SAMPLES = 16  # values per tensor in a fingerprint
+
+
+class Encoder(Protocol):
+    """What a cache is made with."""
+
+    backbone: str
+    """`pixart_sigma` or `sd35_medium`."""
+    dtype: torch.dtype
+    """Of the text embeddings."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same weights, vocabularies and factors in the same dtype."""
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(B, 3, 8h, 8w) uint8 -> (B, c, h, w) on the CPU, scaled and shifted as the transformer takes them."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """`prompt_embeds` (B, T, C), and `prompt_mask` (B, T) bool (PixArt-Σ) or `pooled` (B, P) (SD3.5); on the CPU.
+
+        T is the same for every prompt.
+        """
+
+
+class PipelineEncoder:
+    """The VAE and the text encoders of a PixArt-Σ or SD3.5 pipeline's folder; the transformer is not loaded.
+
+    Prompts go through the pipeline's own `encode_prompt`, so that a cache holds what the pipeline would draw with.
+    Nothing is fetched, and nothing is unpickled.
+
+    Args:
+        folder: as `save_pretrained` writes it, with `model_index.json`.
+        device: where to compute.
+        dtype: of the text encoders and their embeddings. The VAE works in float32: it is small, PixArt-Σ's overflows
+            in float16, and bfloat16 costs latents a percent.
+
+    Raises:
+        EDiTModelError: not such a folder, a part is missing or cannot be loaded, or diffusers is not installed.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.folder, self.device, self.dtype = Path(folder), device, dtype
+        pipeline_class = _check_folder(self.folder)
+        self.backbone = _PIPELINES[pipeline_class][0]
+        try:
+            import diffusers
+            import transformers  # noqa: F401 - diffusers replaces what it cannot import by stubs that fail later
+        except ImportError:
+            raise EDiTModelError("this needs diffusers and transformers: install edit-attention[distill]") from None
+        try:
+            with _quiet(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # older versions know torch_dtype and not dtype
+                self.pipeline: Any = getattr(diffusers, pipeline_class).from_pretrained(
+                    self.folder,
+                    transformer=None,
+                    scheduler=None,
+                    torch_dtype={"default": dtype, "vae": torch.float32},
+                    local_files_only=True,
+                    use_safetensors=True,
+                )
+        except Exception as error:  # diffusers and transformers raise every kind there is for a damaged folder
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise EDiTModelError(f"{self.folder}: its VAE or text encoders cannot be loaded ({reason})") from None
+        self.vae: Any = self.pipeline.vae
+        if self.pipeline.vae_scale_factor != CELL:
+            raise EDiTModelError(
+                f"{self.folder}: its VAE makes one cell of {self.pipeline.vae_scale_factor} pixels, not of {CELL}"
+            )
+        self.pipeline.to(device)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the VAE's factors, the vocabularies, and a few values of every tensor."""
+        config = self.vae.config
+        digest = hashlib.sha256(f"{self.backbone} {config.scaling_factor} {config.shift_factor}".encode())
+        for name in _PIPELINES[type(self.pipeline).__name__][1]:
+            part = getattr(self.pipeline, name)
+            if name.startswith("tokenizer"):
+                digest.update(json.dumps(sorted(part.get_vocab().items())).encode())
+                continue
+            for key, tensor in sorted(part.state_dict().items()):
+                flat = tensor.reshape(-1)
+                places = torch.tensor([(len(flat) - 1) * i // (_SAMPLES - 1) for i in range(_SAMPLES)])
+                digest.update(f"{name} {key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(flat[places.to(flat.device)].double().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """See :meth:`Encoder.encode_images`. The latents are the most likely ones, not drawn; float32."""
+        image = pixels.to(self.device, torch.float32) / 255 * 2 - 1
+        latent = self.vae.encode(image).latent_dist.mode()
+        latent = (latent - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return self._finite("VAE", latent)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """See :meth:`Encoder.encode_prompts`. T is 300 (PixArt-Σ), or 77 + 256 (SD3.5)."""
+        texts = list(prompts)
+        settings: dict[str, Any] = {"do_classifier_free_guidance": False, "device": self.device}
+        with _quiet():  # every long caption would be quoted, since CLIP takes 77 tokens of it
+            if self.backbone == "pixart_sigma":
+                embeds, mask, _, _ = self.pipeline.encode_prompt(texts, **settings)
+                other = {"prompt_mask": mask.bool().cpu()}
+            else:
+                embeds, _, pooled, _ = self.pipeline.encode_prompt(texts, None, None, **settings)
+                other = {"pooled": self._finite("text encoders", pooled)}
+        return {"prompt_embeds": self._finite("text encoders", embeds), **other}
+
+    def _finite(self, part: str, tensor: Tensor) -> Tensor:
+        if not bool(tensor.isfinite().all()):
+            raise EDiTModelError(
+                f"{self.folder}: its {part} give numbers that are not finite in {tensor.dtype}; use another dtype"
+            )
+        return tensor.cpu()
+
+
+def _check_folder(folder: Path) -> str:
+    """The pipeline's class, once everything that is needed is known to be there.
+
+    transformers makes an empty vocabulary without a word where a tokenizer's files are missing.
+    """
+    index = folder / "model_index.json"
+    try:
+        content = json.loads(index.read_text("utf-8"))
+        pipeline_class = content["_class_name"]
+    except FileNotFoundError:
+        raise EDiTModelError(
+            f"{folder}: not a diffusers pipeline's folder, which has a model_index.json; found {_listing(folder)}"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EDiTModelError(f"{index}: cannot be read ({error})") from None
+    if pipeline_class not in _PIPELINES:
+        raise EDiTModelError(f"{folder}: is a {pipeline_class}, and a cache needs {' or '.join(_PIPELINES)}")
+    parts = _PIPELINES[pipeline_class][1]
+    missing = [part for part in parts if content.get(part, [None])[0] is None or not (folder / part).is_dir()]
+    for part in parts:
+        if part.startswith("tokenizer") and part not in missing:
+            files = {path.name for path in (folder / part).iterdir()}
+            if not files & {"tokenizer.json", "spiece.model"} and not {"vocab.json", "merges.txt"} <= files:
+                raise EDiTModelError(f"{folder / part}: holds no vocabulary; found {_listing(folder / part)}")
+            # An optional library of transformers', without which its error speaks of another one, tiktoken.
+            if "tokenizer.json" not in files and "spiece.model" in files:
+                for module, name in (("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")):
+                    if not _installed(module):
+                        raise EDiTModelError(f"{folder / part}: spiece.model needs {name}: install it")
+    if missing:
+        raise EDiTModelError(
+            f"{folder}: a cache needs {', '.join(parts)}, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; found {_listing(folder)}"
+        )
+    return str(pipeline_class)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is missing
+        return False
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return ", ".join(names[:20]) or "nothing"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps both libraries to errors, and without their own progress bars."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    bars = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    try:
+        for library, _ in before:
+            library.set_verbosity(logging.ERROR)
+        for library in bars:
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library, level in before:
+            library.set_verbosity(level)
+        for library in bars:
+            library.enable_progress_bar()

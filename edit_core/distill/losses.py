@@ -1,0 +1,80 @@
+"""The losses of a distillation, as taps on the replaced attentions and as functions of two predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["FeatureTap", "TransferTap", "dense_tap", "relative_error"]
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error relative to the teacher's mean square, so that all attentions weigh alike; float32."""
+    teacher = teacher.float()
+    return F.mse_loss(student.float(), teacher) / teacher.square().mean().clamp(min=1e-12)
+
+
+def _rows(output: Any) -> tuple[Tensor | None, ...]:
+    """An attention's outputs: image rows, and of a joint one prompt rows (None in a last block, which drops them)."""
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _loss(student: Any, teacher: Any) -> Tensor:
+    """Mean over the kinds of rows of :func:`relative_error`."""
+    pairs = zip(_rows(student), _rows(teacher), strict=True)
+    return torch.stack([relative_error(s, t) for s, t in pairs if s is not None and t is not None]).mean()
+
+
+def dense_tap(key: str, dense: Callable[[], Any], edit: Callable[[], Any]) -> Any:
+    """The teacher: every attention as it was."""
+    return dense()
+
+
+class TransferTap:
+    """Trains every attention on the teacher's own inputs while the teacher runs (the first stage of Grafting,
+    arXiv 2506.05340, "activation distillation", in one pass and without a backward through the base).
+
+    The teacher's pass goes on with the teacher's output; each attention's graph is freed before the next begins, so
+    the memory is that of one attention.
+
+    Args:
+        backward: called with each attention's loss; None only measures.
+    """
+
+    def __init__(self, backward: Callable[[Tensor], None] | None) -> None:
+        self.backward = backward
+        self.losses: dict[str, Tensor] = {}
+        """By `<block>.<site>`, detached: reading them out waits for the device."""
+
+    def __call__(self, key: str, dense: Callable[[], Any], edit: Callable[[], Any]) -> Any:
+        teacher = dense()
+        with torch.set_grad_enabled(self.backward is not None):
+            loss = _loss(edit(), teacher)
+            if self.backward is not None:
+                self.backward(loss)
+        self.losses[key] = loss.detach()
+        return teacher
+
+
+class FeatureTap:
+    """Compares the student's attention outputs, on its own inputs, with the teacher's.
+
+    Used twice per step: :meth:`teacher` records, :meth:`student` compares.
+    """
+
+    def __init__(self) -> None:
+        self._teacher: dict[str, Any] = {}
+        self.losses: dict[str, Tensor] = {}
+
+    def teacher(self, key: str, dense: Callable[[], Any], edit: Callable[[], Any]) -> Any:
+        self._teacher[key] = dense()
+        return self._teacher[key]
+
+    def student(self, key: str, dense: Callable[[], Any], edit: Callable[[], Any]) -> Any:
+        output = edit()
+        self.losses[key] = _loss(output, self._teacher[key])
+        return output

@@ -1,0 +1,111 @@
+"""What a teacher is trained on: how a latent is noised, what is predicted, and how a batch enters the transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Noised", "Weighting", "call_arguments", "noise_batch", "prediction", "task_target"]
+
+Weighting = Literal["logit_normal", "mode", "uniform"]
+
+_TRAIN_STEPS = 1000
+_BETAS = (0.0001, 0.02)  # PixArt-Σ's schedule: betas linear in time, as in its diffusers scheduler
+_MODE_SCALE = 1.29
+
+
+class Noised(NamedTuple):
+    """A batch somewhere on its way from picture to noise."""
+
+    latent: Tensor
+    """`(B, c, h, w)`, what the transformer sees."""
+    noise: Tensor
+    """`(B, c, h, w)`"""
+    timestep: Tensor
+    """`(B,)`, as the transformer takes it, 0-1000."""
+
+
+def noise_batch(
+    backbone: str,
+    latent: Tensor,
+    generators: Sequence[torch.Generator],
+    weighting: Weighting = "logit_normal",
+    shift: float = 1.0,
+) -> Noised:
+    """Draws noise and times for a batch of clean latents.
+
+    PixArt-Σ: DDPM with uniform times. SD3.5: the straight path `(1-σ)·x + σ·noise`, times by SD3's weighting schemes
+    ("Scaling Rectified Flow Transformers", arXiv 2403.03206, section 3.1), then shifted for the resolution,
+    `σ' = s·σ / (1 + (s-1)·σ)`.
+
+    Args:
+        backbone: `pixart_sigma` or `sd35_medium`.
+        latent: clean latents `(B, c, h, w)`.
+        generators: one per sample, on the CPU: a sample's numbers depend on neither the device nor its neighbours.
+        weighting: of SD3.5's times.
+        shift: of SD3.5's times; 3 at 1024 pixels.
+    """
+    noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in generators])
+    noise = noise.to(latent.device, latent.dtype)  # (B, c, h, w)
+    if backbone == "pixart_sigma":
+        timestep = torch.cat([torch.randint(0, _TRAIN_STEPS, (1,), generator=g) for g in generators])
+        alpha = _alphas_cumprod()[timestep].to(latent.device).view(-1, 1, 1, 1)
+        noised = alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
+        return Noised(noised.to(latent.dtype), noise, timestep.to(latent.device))
+    u = torch.cat([_time(weighting, g) for g in generators])
+    sigma = (shift * u / (1 + (shift - 1) * u)).to(latent.device)
+    path = sigma.view(-1, 1, 1, 1)
+    return Noised(((1 - path) * latent + path * noise).to(latent.dtype), noise, sigma * _TRAIN_STEPS)
+
+
+def task_target(backbone: str, latent: Tensor, noised: Noised) -> Tensor:
+    """What a perfect model predicts: PixArt-Σ the noise, SD3.5 the velocity `noise - latent`; `(B, c, h, w)`."""
+    return noised.noise if backbone == "pixart_sigma" else noised.noise - latent
+
+
+def prediction(backbone: str, output: Tensor) -> Tensor:
+    """The part of a transformer's output that is its prediction: PixArt-Σ adds a variance that samplers ignore."""
+    return output.chunk(2, dim=1)[0] if backbone == "pixart_sigma" else output
+
+
+def call_arguments(
+    backbone: str, latent: Tensor, timestep: Tensor, condition: dict[str, Tensor], device: torch.device
+) -> dict[str, Any]:
+    """Keyword arguments of the diffusers transformer for a batch.
+
+    Args:
+        backbone: `pixart_sigma` or `sd35_medium`.
+        latent: `(B, c, h, w)`, noised.
+        timestep: `(B,)`.
+        condition: `prompt_embeds (B, T, C)`, and `prompt_mask (B, T)` (PixArt-Σ) or `pooled (B, P)` (SD3.5).
+        device: where the transformer is.
+    """
+    arguments: dict[str, Any] = {
+        "hidden_states": latent,
+        "timestep": timestep,
+        "encoder_hidden_states": condition["prompt_embeds"].to(device, latent.dtype),
+        "return_dict": False,
+    }
+    if backbone == "pixart_sigma":
+        arguments["encoder_attention_mask"] = condition["prompt_mask"].to(device)
+        arguments["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    else:
+        arguments["pooled_projections"] = condition["pooled"].to(device, latent.dtype)
+    return arguments
+
+
+def _time(weighting: Weighting, generator: torch.Generator) -> Tensor:
+    """One time in 0-1."""
+    if weighting == "logit_normal":
+        return torch.randn(1, generator=generator).sigmoid()
+    u = torch.rand(1, generator=generator)
+    if weighting == "mode":
+        return 1 - u - _MODE_SCALE * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)
+    return u
+
+
+def _alphas_cumprod() -> Tensor:
+    return torch.cumprod(1 - torch.linspace(*_BETAS, _TRAIN_STEPS), 0)

@@ -1,0 +1,394 @@
+"""The distillation engine on small teachers: that it learns, resumes exactly, and survives what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import models, training
+
+from edit_core import EDiTConfigError, EDiTError, EDiTWeights, apply_edit
+from edit_core.cli import main
+from edit_core.distill.calibrate import calibrate
+from edit_core.distill.checkpoint import latest_checkpoint, save_checkpoint
+from edit_core.distill.config import RunConfig, load_config
+from edit_core.distill.dataset import CachedLatents
+from edit_core.distill.engine import Engine, load_teacher
+from edit_core.distill.losses import TransferTap, dense_tap
+from edit_core.distill.objective import call_arguments, noise_batch, prediction, task_target
+
+TRANSFER: dict[str, Any] = {"kind": "transfer", "lr": 3e-3}
+DISTILL: dict[str, Any] = {"kind": "distill", "lr": 1e-3, "accumulation": 2}
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Per backbone, a trained teacher and its cache; made on first use."""
+    made: dict[str, dict[str, Path]] = {}
+
+    def get(backbone: str) -> dict[str, Path]:
+        if backbone not in made:
+            made[backbone] = training.prepare(backbone, tmp_path_factory.mktemp(backbone))
+        return made[backbone]
+
+    return get
+
+
+def errors(paths: dict[str, Path], weights: EDiTWeights) -> tuple[float, float]:
+    """Mean per-attention error on the teacher's inputs, and relative error of the prediction, on held-out noise."""
+    data = CachedLatents(paths["cache"], training.RESOLUTION)
+    transformer = load_teacher(paths["model"], torch.float32, torch.device("cpu"))
+    batch = data.collate(list(range(4)))
+    noised = noise_batch(
+        weights.backbone, batch["latent"].float(), [torch.Generator().manual_seed(10**6 + i) for i in range(4)]
+    )
+    arguments = call_arguments(weights.backbone, noised.latent, noised.timestep, batch, torch.device("cpu"))
+    with torch.no_grad(), apply_edit(transformer, weights) as handle:
+        student = prediction(weights.backbone, transformer(**arguments)[0])
+        tap = handle.tap = TransferTap(None)
+        teacher = prediction(weights.backbone, transformer(**arguments)[0])
+    return float(torch.stack(list(tap.losses.values())).mean()), models.relative_error(student, teacher)
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_transfer_lowers_each_attentions_error_and_distill_the_whole_models(
+    backbone: str, prepared: Any, tmp_path: Path
+) -> None:
+    paths = prepared(backbone)
+    initial = EDiTWeights.init(load_teacher(paths["model"], torch.float32, torch.device("cpu")))
+    stages = (
+        {**TRANSFER, "steps": 150, "lr": 1e-2, "clip": 10.0},
+        {**DISTILL, "steps": 100, "accumulation": 1, "task": 0.0, "prediction": 10.0, "lr": 3e-3},
+    )
+    config = training.config(paths, tmp_path, *stages, ema=0.0, checkpoint_every=1000)
+    engine = Engine(config)
+    stop_after(engine, 150)
+    engine.run()
+    transferred = EDiTWeights.load(engine.export())
+    engine = Engine(config)
+    assert engine.resume()
+    distilled = EDiTWeights.load(engine.run())
+    (layers0, whole0), (layers1, whole1), (_, whole2) = (errors(paths, w) for w in (initial, transferred, distilled))
+    print(f"per attention {layers0:.4g} -> {layers1:.4g}; prediction {whole0:.4g} -> {whole1:.4g} -> {whole2:.4g}")
+    assert layers1 < layers0 / 2.5
+    assert whole1 < whole0
+    assert whole2 < whole1
+    assert distilled.training["steps"] == 250
+    assert str(paths["model"]) not in json.dumps(distilled.training), "a path was published"
+
+
+def equal(a: Path, b: Path) -> bool:
+    one, two = load_file(a), load_file(b)
+    return one.keys() == two.keys() and all(torch.equal(t, two[name]) for name, t in one.items())
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_a_resumed_run_equals_one_that_was_never_stopped(backbone: str, prepared: Any, tmp_path: Path) -> None:
+    stages = (TRANSFER, DISTILL)
+    straight = Engine(training.config(prepared(backbone), tmp_path / "straight", *stages)).run()
+    config = training.config(prepared(backbone), tmp_path / "resumed", *stages)
+    for stop_at in (2, 3, 6, 7, 10):  # within a stage, at its end, at the next one's start
+        engine = Engine(config)
+        assert engine.resume() is (stop_at > 2)
+        stop_after(engine, stop_at)
+        engine.run()
+        assert engine.total == stop_at
+    engine = Engine(config)
+    assert engine.resume()
+    resumed = engine.run()
+    assert engine.total == 12
+    assert equal(straight, resumed)
+    initial = EDiTWeights.init(load_teacher(prepared(backbone)["model"], torch.float32, torch.device("cpu")))
+    assert any(not torch.equal(t, initial.tensors[name]) for name, t in load_file(resumed).items()), (
+        "nothing was learnt"
+    )
+
+
+def stop_after(engine: Engine, total: int) -> None:
+    update = engine._update
+
+    def counted(*args: Any) -> bool:
+        engine.stopping = engine.total + 1 >= total
+        return update(*args)
+
+    engine._update = counted  # type: ignore[method-assign]
+
+
+def write_yaml(config: RunConfig, path: Path) -> Path:
+    path.write_text(config.model_dump_json())  # JSON is YAML
+    return path
+
+
+def test_kills_at_random_moments_lose_nothing_but_steps_since_the_last_checkpoint(
+    prepared: Any, tmp_path: Path
+) -> None:
+    stages = ({**TRANSFER, "steps": 12}, {**DISTILL, "steps": 12})
+    straight = Engine(training.config(prepared("pixart_sigma"), tmp_path / "straight", *stages)).run()
+    config = training.config(prepared("pixart_sigma"), tmp_path / "killed", *stages, checkpoint_every=1)
+    file = write_yaml(config, tmp_path / "run.yaml")
+    command = [sys.executable, "-m", "edit_core", "distill", "--config", str(file), "--resume", "latest", "--json"]
+    rng, kills = random.Random(0), 0
+    limit = int(os.environ.get("EDIT_TEST_KILLS", "4"))
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if kills < limit:
+            watched = config.output / "metrics.jsonl"
+            before = watched.stat().st_size if watched.exists() else 0
+            while process.poll() is None and (watched.stat().st_size if watched.exists() else 0) == before:
+                time.sleep(0.02)  # a step was taken
+            time.sleep(rng.uniform(0, 0.15))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                kills += 1
+                continue
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert json.loads(out)["steps"] == 24
+        break
+    assert kills == limit
+    assert equal(straight, config.output / "student.safetensors")
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_cleanly(prepared: Any, tmp_path: Path) -> None:
+    config = training.config(
+        prepared("pixart_sigma"), tmp_path / "run", {**TRANSFER, "steps": 5000}, checkpoint_every=5000
+    )
+    file = write_yaml(config, tmp_path / "run.yaml")
+    command = [sys.executable, "-m", "edit_core", "distill", "--config", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (config.output / "metrics.jsonl").exists() or not training.metrics(config.output):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "goes on with --resume latest" in out
+    assert latest_checkpoint(config.output / "checkpoints") is not None
+    assert main(["distill", "--config", str(file)]) == 2, "an earlier run is not written over"
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_limited(prepared: Any, tmp_path: Path) -> None:
+    config = training.config(prepared("pixart_sigma"), tmp_path / "run", {**TRANSFER, "steps": 20}, max_skipped=2)
+    engine = Engine(config)
+    step = engine._train_step
+
+    def broken(*args: Any) -> Any:
+        losses = step(*args)
+        if engine.step >= 4:
+            next(iter(engine.parameters.values())).grad.fill_(float("nan"))
+        return losses
+
+    engine._train_step = broken  # type: ignore[method-assign]
+    with pytest.raises(EDiTError, match="3 steps had a loss or gradient that is not finite"):
+        engine.run()
+    assert [record["finite"] for record in training.metrics(config.output)] == [True] * 4 + [False] * 2
+    again = Engine(config)
+    assert again.resume()
+    assert all(torch.isfinite(p).all() for p in again.parameters.values())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_accumulation_changes_nothing(accumulation: int, prepared: Any, tmp_path: Path) -> None:
+    stage = {**DISTILL, "accumulation": accumulation}
+    engines = []
+    for changes in ({"accumulation": 1}, {}):
+        engine = Engine(training.config(prepared("pixart_sigma"), tmp_path / f"{changes}", {**stage, **changes}))
+        data = CachedLatents(engine.config.cache, training.RESOLUTION)
+        losses = engine._train_step(engine.config.stages[0], data.collate(list(range(4))))
+        engines.append((engine, losses))
+    (whole, losses), (parts, same) = engines
+    # The task's loss is a plain mean over pictures; relative errors divide by the mean square of a micro-batch.
+    assert torch.allclose(losses["task"], same["task"], rtol=1e-5)
+    gradients = [torch.cat([p.grad.flatten() for p in e.parameters.values()]) for e in (whole, parts)]
+    assert models.relative_error(gradients[1], gradients[0]) < 0.1
+
+
+def test_gradient_checkpointing_changes_nothing(prepared: Any, tmp_path: Path) -> None:
+    engines = []
+    for on in (True, False):
+        stage = {**DISTILL, "steps": 1, "gradient_checkpointing": on}
+        engine = Engine(training.config(prepared("sd35_medium"), tmp_path / str(on), stage))
+        data = CachedLatents(engine.config.cache, training.RESOLUTION)
+        engine._train_step(engine.config.stages[0], data.collate(list(range(4))))
+        engines.append(engine)
+    for name, parameter in engines[0].parameters.items():
+        assert torch.allclose(parameter.grad, engines[1].parameters[name].grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_low_precision_trains_float32_weights(precision: str, prepared: Any, tmp_path: Path) -> None:
+    stages = {**TRANSFER, "steps": 30}, {**DISTILL, "steps": 2}
+    config = training.config(prepared("pixart_sigma"), tmp_path / "run", *stages, precision=precision)
+    weights = EDiTWeights.load(Engine(config).run())
+    assert {t.dtype for t in weights.tensors.values()} == {torch.float32}
+    assert all(torch.isfinite(t).all() for t in weights.tensors.values())
+    losses = [record["loss"] for record in training.metrics(config.output) if record["kind"] == "transfer"]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_the_teacher_in_a_tapped_transformer_is_the_teacher(prepared: Any) -> None:
+    paths = prepared("pixart_sigma")
+    transformer = load_teacher(paths["model"], torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        before = models.forward(transformer, 16, 16)
+        with apply_edit(transformer, EDiTWeights.init(transformer)) as handle:
+            handle.tap = dense_tap
+            assert torch.equal(models.forward(transformer, 16, 16), before)
+
+
+def test_noise_follows_the_schedulers() -> None:
+    from diffusers import DDPMScheduler
+
+    latent, generators = torch.randn(3, 4, 8, 8), [torch.Generator().manual_seed(i) for i in range(3)]
+    noised = noise_batch("pixart_sigma", latent, generators)
+    scheduler = DDPMScheduler(beta_start=0.0001, beta_end=0.02)
+    expected = scheduler.add_noise(latent, noised.noise, noised.timestep)
+    assert torch.allclose(noised.latent, expected, atol=1e-5)
+    flow = noise_batch("sd35_medium", latent, generators, shift=3.0)
+    sigma = (flow.timestep / 1000).view(-1, 1, 1, 1)
+    target = task_target("sd35_medium", latent, flow)
+    assert torch.allclose(flow.latent, latent + sigma * target, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["logit_normal", "mode", "uniform"])
+def test_times_lie_in_range_and_shift_towards_noise(weighting: Any) -> None:
+    latent = torch.zeros(400, 1, 1, 1)
+
+    def times(shift: float) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(i) for i in range(400)]
+        return noise_batch("sd35_medium", latent, generators, weighting, shift).timestep / 1000
+
+    plain, shifted = times(1.0), times(3.0)
+    assert 0 <= float(plain.min()) <= float(plain.max()) <= 1
+    assert 0.4 < float(plain.mean()) < 0.6
+    assert float(shifted.mean()) > float(plain.mean()) + 0.1
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path: Path, monkeypatch: Any) -> None:
+    tensors = {"a": torch.ones(3)}
+    first = save_checkpoint(tmp_path, 1, tensors, {"step": 1}, keep=2)
+
+    def killed(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 2, tensors, {"step": 2}, keep=2)
+    assert latest_checkpoint(tmp_path) == first
+    monkeypatch.undo()
+    for step in (2, 3, 4):
+        save_checkpoint(tmp_path, step, tensors, {"step": step}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000004"]
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("stages.0.steps=0", "stages.0.transfer.steps"),
+        ("stages.0.stepz=3", "stages.0.transfer.stepz"),
+        ("stages.0.kind=dream", "stages.0"),
+        ("stages.9.steps=1", "no such place"),
+        ("stages=[]", "stages"),
+        ("student={compression: seven}", "compression"),
+        ("student={compresion: 4}", "compresion"),
+        ("precision=int4", "precision"),
+        ("stages.1.accumulation=3", "batch_size=2 is not a multiple of accumulation=3"),
+        ("seed", "field=value"),
+        ("colour=red", "colour"),
+    ],
+)
+def test_a_wrong_field_is_named_before_anything_is_loaded(override: str, part: str) -> None:
+    with pytest.raises(EDiTConfigError) as caught:
+        load_config("debug", [override])
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_shipped_configurations_are_valid_and_missing_ones_are_said_to_be_so(tmp_path: Path) -> None:
+    for name in ("debug", "pixart_sigma_24gb", "sd35_medium_24gb"):
+        assert load_config(name).stages
+    with pytest.raises(EDiTConfigError, match="no such file, nor a configuration"):
+        load_config("unheard_of")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("stages: [")
+    with pytest.raises(EDiTConfigError, match="is not YAML"):
+        load_config(str(bad))
+
+
+def test_mistakes_on_the_command_line_are_one_sentence(prepared: Any, tmp_path: Path, capsys: Any) -> None:
+    paths = prepared("pixart_sigma")
+    file = write_yaml(training.config(paths, tmp_path / "run", TRANSFER), tmp_path / "run.yaml")
+    for overrides, part in (
+        (["model=/nowhere"], "no transformer/config.json"),
+        (["cache=/nowhere"], "/nowhere"),
+        (["device=cuda"], "there is no CUDA device here"),
+        (["optimizer=prodigy"], "needs prodigyopt"),
+        (["layers=none"], "names no block"),
+        (["layers=0-7"], "does not exist"),
+        (["stages.0.resolution=99"], "99"),
+        (["stages.0.batch_size=64"], "64"),
+    ):
+        assert main(["distill", "--config", str(file), f"output={tmp_path / 'out'}", *overrides]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("edit_core: ")]
+        assert len(lines) == 1, overrides
+        assert part in lines[0], lines
+
+
+def test_a_checkpoint_of_another_student_is_refused(prepared: Any, tmp_path: Path) -> None:
+    paths = prepared("pixart_sigma")
+    Engine(training.config(paths, tmp_path / "run", TRANSFER)).run()
+    other = Engine(training.config(paths, tmp_path / "run", TRANSFER, student={"compression": 2}))
+    with pytest.raises(EDiTError, match="another student"):
+        other.resume()
+    checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None
+    (checkpoint / "tensors.safetensors").write_bytes(b"cut")
+    with pytest.raises(EDiTError, match="is damaged"):
+        Engine(training.config(paths, tmp_path / "run", TRANSFER)).resume()
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_calibrate_needs_only_prompts_and_lowers_the_error(
+    backbone: str, prepared: Any, tmp_path: Path, capsys: Any
+) -> None:
+    paths = prepared(backbone)
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "calibrated.safetensors"
+    prompts.write_text("a red ship in the snow\n\na green ship in the snow\n")
+    arguments = ["calibrate", "--model", str(paths["model"]), "--prompts", str(prompts), "--output", str(output)]
+    arguments += ["--size", "128", "--steps", "40", "--sampler-steps", "8", "--json"]
+    assert main(arguments) == 0
+    losses = json.loads(capsys.readouterr().out)["losses"]
+    assert len(losses) == 40
+    initial = EDiTWeights.init(load_teacher(paths["model"], torch.float32, torch.device("cpu")))
+    (before, _), (after, _) = errors(paths, initial), errors(paths, EDiTWeights.load(output))
+    assert after < 0.8 * before
+    assert main(arguments) == 2, "an existing file is not written over"
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_stopping_a_calibration_leaves_the_teacher_as_it_was(prepared: Any) -> None:
+    transformer = load_teacher(prepared("pixart_sigma")["model"], torch.float32, torch.device("cpu"))
+    weights = EDiTWeights.init(transformer)
+    before, kept = models.forward(transformer, 16, 16).detach(), {n: t.clone() for n, t in weights.tensors.items()}
+    condition = {"prompt_embeds": torch.randn(1, 5, 64), "prompt_mask": torch.ones(1, 5, dtype=torch.bool)}
+
+    def stop(step: int, loss: float) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(transformer, weights, [condition], condition, steps=5, height=16, width=16, on_step=stop)
+    assert torch.equal(models.forward(transformer, 16, 16).detach(), before)
+    assert all(torch.equal(t, kept[name]) for name, t in weights.tensors.items())
+    with pytest.raises(EDiTError, match="at least one prompt"):
+        calibrate(transformer, weights, [], condition)

@@ -1,0 +1,45 @@
+"""What the README says is what was measured, and what there is."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from support import comfy
+
+from edit_core.commands import COMMANDS
+
+README = (comfy.PACK / "README.md").read_text(encoding="utf-8")
+
+
+def tool(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_speed_table_is_that_of_the_measurements() -> None:
+    assert tool("fill_readme").filled(README) == README
+
+
+def test_every_node_and_command_is_named() -> None:
+    nodes = {
+        match
+        for file in (comfy.PACK / "nodes").glob("*.py")
+        for match in re.findall(r'node_id="(\w+)"', file.read_text(encoding="utf-8"))
+    }
+    assert nodes
+    for name in (*nodes, *COMMANDS):
+        assert f"`{name}`" in README, name
+
+
+def test_every_linked_file_exists() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links
+    for link in links:
+        assert (comfy.PACK / link).exists(), link
