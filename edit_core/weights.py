@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from .attention import SITES, LayerFactory
 from .backbones import BACKBONES, Base, identify_module
 from .config import EDiTConfig
 from .errors import EDiTConfigError, EDiTError, EDiTWeightsError
+from .files import write_file
 from .layers import format_layers, parse_layers
 
 __all__ = ["EDiTWeights", "LoadReport", "build_sides"]
@@ -197,7 +197,6 @@ class EDiTWeights:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one `.safetensors` file; an existing file is replaced only once the new one is complete."""
-        path = Path(path)
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -206,15 +205,7 @@ class EDiTWeights:
             "base_hash": self.base_hash,
             "training": json.dumps(self.training),
         }
-        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        try:
-            with open(part, "wb") as file:
-                file.write(save({name: t.contiguous() for name, t in self.tensors.items()}, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_file(Path(path), save({name: t.contiguous() for name, t in self.tensors.items()}, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EDiTWeights:

@@ -286,6 +286,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path: P
         save_checkpoint(tmp_path, 2, tensors, {"step": 2}, keep=2)
     assert latest_checkpoint(tmp_path) == first
     monkeypatch.undo()
+    (tmp_path / ".part-killed").mkdir()
     for step in (2, 3, 4):
         save_checkpoint(tmp_path, step, tensors, {"step": step}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000004"]

@@ -35,10 +35,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import EDiTError
+from ..files import read_json, write_file
 from .encoders import CELL, Encoder
 from .sources import Item, Source
 
-__all__ = ["EMPTY_PROMPT", "FORMAT", "FORMAT_VERSION", "CacheReport", "Progress", "buckets", "build_cache", "read_json"]
+__all__ = ["EMPTY_PROMPT", "FORMAT", "FORMAT_VERSION", "CacheReport", "Progress", "buckets", "build_cache"]
 
 FORMAT = "edit-cache"
 FORMAT_VERSION = 1
@@ -187,12 +188,13 @@ def build_cache(
         output.mkdir(parents=True, exist_ok=True)
         _agree(output, settings)
         _remove_unfinished(output, None if world == 1 else rank)
+        (output / "ranks").mkdir(exist_ok=True)
         (output / "ranks" / _rank_file(rank, world)).unlink(missing_ok=True)
         empty = output / EMPTY_PROMPT
         if not empty.exists():
             with _memory("one prompt"):
                 prompt = encoder.encode_prompts([""])
-            _write(empty, save({name: tensor[0].contiguous() for name, tensor in prompt.items()}))
+            write_file(empty, save({name: tensor[0].contiguous() for name, tensor in prompt.items()}))
         done: dict[int, set[str]] = {r: set() for r in resolutions}
         for record in _records(output):
             done[int(record["file"].split("/")[0])].update(record["keys"])
@@ -201,7 +203,7 @@ def build_cache(
         build.run(source, sizes, progress, stop)
     report = build.report
     with _writing(output):
-        _write(output / "ranks" / _rank_file(rank, world), _json(asdict(report)))
+        write_file(output / "ranks" / _rank_file(rank, world), _json(asdict(report)))
         reports = [output / "ranks" / _rank_file(number, world) for number in range(world)]
         if not all(path.exists() for path in reports):
             return report
@@ -403,7 +405,7 @@ class _Shard:
                     "keys": self.keys,
                     "places": self.places,
                 }
-                _write(self.path.with_suffix(".json"), _json(record))
+                write_file(self.path.with_suffix(".json"), _json(record))
         except _DiskError:
             self.abandon()
             raise
@@ -527,45 +529,11 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of a cache.
-
-    Raises:
-        EDiTError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise EDiTError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise EDiTError(f"{path}: cannot be read ({error})") from None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all, even when the power fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    if os.name == "posix":  # the folder's entry; Windows has no such call
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def _agree(output: Path, settings: dict[str, Any]) -> None:
     """Notes the settings in a new cache, or checks that they are an existing one's."""
     path = output / "settings.json"
     if not path.exists():
-        _write(path, _json(settings))
+        write_file(path, _json(settings))
     before = read_json(path)
     if not isinstance(before, dict):
         raise EDiTError(f"{path}: is not a cache's settings")
@@ -580,8 +548,9 @@ def _agree(output: Path, settings: dict[str, Any]) -> None:
 def _remove_unfinished(output: Path, rank: int | None) -> None:
     """Removes what a dead process left: shards without a record. Of all processes where this is the only one."""
     name = "???" if rank is None else f"{rank:03d}"
-    for path in output.glob(f"*/*/shard-{name}-??????.part"):
-        path.unlink(missing_ok=True)
+    for pattern in (f"shard-{name}-??????.part", f".shard-{name}-??????.json.*.part"):
+        for path in output.glob(f"*/*/{pattern}"):
+            path.unlink(missing_ok=True)
     for path in output.glob(f"*/*/shard-{name}-??????.tar"):
         if not path.with_suffix(".json").exists():
             path.unlink(missing_ok=True)
@@ -625,5 +594,5 @@ def _finish(output: Path, settings: dict[str, Any], reports: list[CacheReport]) 
         "report": asdict(report),
         "shards": shards,
     }
-    _write(output / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    write_file(output / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     return report

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import EDiTError
+from ..files import sync_folder, write_file
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -29,17 +30,18 @@ def save_checkpoint(
     A checkpoint appears by one rename, after all of it is on the disk: a kill at any moment leaves the earlier ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for dead in folder.glob(".part-*"):  # of a process that was killed while it wrote
+        shutil.rmtree(dead)
     part = folder / f".part-{secrets.token_hex(4)}"
     part.mkdir()
     try:
-        _write(part / TENSORS, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
-        _write(part / STATE, json.dumps(dict(state), indent=1).encode())
-        _sync(part)
+        write_file(part / TENSORS, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+        write_file(part / STATE, json.dumps(dict(state), indent=1).encode())
         target = folder / f"{step:08d}"
         if target.exists():  # a run that was resumed from further back passes here again
             shutil.rmtree(target)
         os.rename(part, target)
-        _sync(folder)
+        sync_folder(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     for old in _finished(folder)[:-keep]:
@@ -67,19 +69,3 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _finished(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if (path / STATE).is_file())
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Makes a folder's entries durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import EDiTError
-from .cache import EMPTY_PROMPT, FORMAT, FORMAT_VERSION, read_json
+from ..files import read_json
+from .cache import EMPTY_PROMPT, FORMAT, FORMAT_VERSION
 
 __all__ = ["BatchPlan", "CachedLatents", "collate"]
 

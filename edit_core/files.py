@@ -1,0 +1,56 @@
+"""Files that are there whole or not at all, even after a kill or when the power fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from .errors import EDiTError
+
+__all__ = ["read_json", "sync_folder", "write_file"]
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file beside its place and renames it there; an existing one is replaced only by the complete new one.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; nothing is left behind then.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a folder's entries durable; Windows has no such call."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        EDiTError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise EDiTError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise EDiTError(f"{path}: cannot be read ({error})") from None
