@@ -113,6 +113,11 @@ class EDiTLoadModel(io.ComfyNode):
         return (model_name and missing_file(folder, name)) or missing_file(FOLDER, weights) or True
 
     @classmethod
+    def fingerprint_inputs(cls, model_name: str | None, weight_dtype: str | None, edit_weights: str | None) -> float:
+        # A linked input is None here.
+        return 0.0 if edit_weights in (None, NO_WEIGHTS) else weights_time(edit_weights)
+
+    @classmethod
     def execute(cls, model_name: str, weight_dtype: str, edit_weights: str) -> io.NodeOutput:
         path = model_path(model_name)
         base = identify_file(path, model_name)
@@ -121,6 +126,11 @@ class EDiTLoadModel(io.ComfyNode):
         if edit_weights != NO_WEIGHTS:
             model = apply_to_model(model, load_weights(edit_weights))
         return io.NodeOutput(model)
+
+
+def weights_time(name: str) -> float:
+    """For `fingerprint_inputs`: a file that was replaced is read again."""
+    return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, name))
 
 
 def load_weights(name: str) -> EDiTWeights:
@@ -153,7 +163,7 @@ class EDiTLoadWeights(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, edit_name: str) -> float:
-        return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, edit_name))
+        return weights_time(edit_name)
 
     @classmethod
     def execute(cls, edit_name: str) -> io.NodeOutput:

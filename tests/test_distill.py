@@ -24,7 +24,7 @@ from edit_core.distill.checkpoint import latest_checkpoint, save_checkpoint
 from edit_core.distill.config import RunConfig, load_config
 from edit_core.distill.dataset import CachedLatents
 from edit_core.distill.engine import Engine, load_teacher
-from edit_core.distill.losses import TransferTap, dense_tap
+from edit_core.distill.losses import FeatureTap, TransferTap, dense_tap
 from edit_core.distill.objective import call_arguments, noise_batch, prediction, task_target
 
 TRANSFER: dict[str, Any] = {"kind": "transfer", "lr": 3e-3}
@@ -189,7 +189,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_limited(prepared: Any
         return losses
 
     engine._train_step = broken  # type: ignore[method-assign]
-    with pytest.raises(EDiTError, match="3 steps had a loss or gradient that is not finite"):
+    with pytest.raises(EDiTError, match="3 steps in a row had a loss or gradient that is not finite"):
         engine.run()
     assert [record["finite"] for record in training.metrics(config.output)] == [True] * 4 + [False] * 2
     again = Engine(config)
@@ -332,7 +332,8 @@ def test_mistakes_on_the_command_line_are_one_sentence(prepared: Any, tmp_path: 
     for overrides, part in (
         (["model=/nowhere"], "no transformer/config.json"),
         (["cache=/nowhere"], "/nowhere"),
-        (["device=cuda"], "there is no CUDA device here"),
+        (["device=cuda"], "device cuda cannot be used here"),
+        (["device=gpu"], "device gpu cannot be used here"),
         (["optimizer=prodigy"], "needs prodigyopt"),
         (["layers=none"], "names no block"),
         (["layers=0-7"], "does not exist"),
@@ -343,6 +344,39 @@ def test_mistakes_on_the_command_line_are_one_sentence(prepared: Any, tmp_path: 
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("edit_core: ")]
         assert len(lines) == 1, overrides
         assert part in lines[0], lines
+
+
+def test_a_stage_that_cannot_run_is_known_before_the_first_begins(prepared: Any, tmp_path: Path) -> None:
+    with pytest.raises(EDiTError, match="4096"):
+        Engine(training.config(prepared("pixart_sigma"), tmp_path, TRANSFER, {**DISTILL, "resolution": 4096}))
+    mixed = {"model": prepared("sd35_medium")["model"], "cache": prepared("pixart_sigma")["cache"]}
+    with pytest.raises(EDiTError, match="was made for pixart_sigma, but the teacher is sd35_medium"):
+        Engine(training.config(mixed, tmp_path, TRANSFER))
+
+
+def test_feature_losses_of_a_recomputation_are_not_kept() -> None:
+    tap, x = FeatureTap(), torch.ones(2, 3, requires_grad=True)
+    tap.teacher("0.self", lambda: torch.ones(2, 3), lambda: x)
+    tap.student("0.self", lambda: x, lambda: 3 * x)
+    assert float(tap.total()) == pytest.approx(4.0)
+    tap.student("0.self", lambda: x, lambda: 3 * x)  # as gradient checkpointing does in the backward pass
+    assert tap._losses == []
+
+
+def test_skipped_steps_that_are_not_in_a_row_do_not_stop_a_run(prepared: Any, tmp_path: Path) -> None:
+    stage = {**TRANSFER, "steps": 12}
+    engine = Engine(training.config(prepared("pixart_sigma"), tmp_path / "run", stage, max_skipped=1))
+    step = engine._train_step
+
+    def broken(*args: Any) -> Any:
+        losses = step(*args)
+        if engine.step % 2:
+            next(iter(engine.parameters.values())).grad.fill_(float("inf"))
+        return losses
+
+    engine._train_step = broken  # type: ignore[method-assign]
+    engine.run()
+    assert engine.skipped == 6
 
 
 def test_a_checkpoint_of_another_student_is_refused(prepared: Any, tmp_path: Path) -> None:
@@ -380,6 +414,7 @@ def test_calibrate_needs_only_prompts_and_lowers_the_error(
 def test_stopping_a_calibration_leaves_the_teacher_as_it_was(prepared: Any) -> None:
     transformer = load_teacher(prepared("pixart_sigma")["model"], torch.float32, torch.device("cpu"))
     weights = EDiTWeights.init(transformer)
+    transformer.requires_grad_(True)
     before, kept = models.forward(transformer, 16, 16).detach(), {n: t.clone() for n, t in weights.tensors.items()}
     condition = {"prompt_embeds": torch.randn(1, 5, 64), "prompt_mask": torch.ones(1, 5, dtype=torch.bool)}
 
@@ -391,5 +426,6 @@ def test_stopping_a_calibration_leaves_the_teacher_as_it_was(prepared: Any) -> N
         calibrate(transformer, weights, [condition], condition, steps=5, height=16, width=16, on_step=stop)
     assert torch.equal(models.forward(transformer, 16, 16).detach(), before)
     assert all(torch.equal(t, kept[name]) for name, t in weights.tensors.items())
+    assert all(p.requires_grad and p.grad is None for p in transformer.parameters()), "the teacher gathered gradients"
     with pytest.raises(EDiTError, match="at least one prompt"):
         calibrate(transformer, weights, [], condition)

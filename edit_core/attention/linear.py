@@ -20,8 +20,11 @@ def merge_heads(tokens: Tensor) -> Tensor:
 
 def linear_attention_with_normaliser(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """:func:`linear_attention` and its denominator `q·Σk + eps`, of shape `(B, N, h)`, float32."""
-    with torch.autocast(q.device.type, enabled=False):  # which would take the sums in its own dtype
-        return _linear_attention(q, k, v, eps)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # which would take the sums in its own dtype
+            return _linear_attention(q, k, v, eps)
+    return _linear_attention(q, k, v, eps)
 
 
 def _linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,16 @@ from ..backbones import BACKBONES
 from ..config import EDiTConfig
 from ..errors import EDiTError
 
-__all__ = ["DTYPES", "Result", "add_config_arguments", "add_model_arguments", "config_of", "device_of", "progress"]
+__all__ = [
+    "DTYPES",
+    "Result",
+    "add_config_arguments",
+    "add_model_arguments",
+    "config_of",
+    "device_of",
+    "progress",
+    "usable_device",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,16 +57,20 @@ def config_of(options: Any) -> EDiTConfig:
 
 
 def device_of(options: Any) -> torch.device:
-    """The device that was asked for.
+    return usable_device(options.device)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name.
 
     Raises:
         EDiTError: there is no such device here.
     """
     try:
-        device = torch.device(options.device)
+        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise EDiTError(f"--device {options.device} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise EDiTError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
 
 

@@ -5,7 +5,8 @@ No data set is needed: each step of the teacher's own sampling is one step of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -64,11 +65,13 @@ def calibrate(
         raise EDiTError("calibrate needs at least one prompt")
     backbone, device = weights.backbone, transformer.device
     losses: list[float] = []
-    with apply_edit(transformer, weights) as handle:
+    trainable = [p for p in transformer.parameters() if p.requires_grad]
+    with apply_edit(transformer, weights) as handle, _frozen(trainable):
         handle.sides.float().requires_grad_(True)
         optimizer = torch.optim.AdamW(handle.sides.parameters(), lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        handle.tap = TransferTap(lambda loss: loss.backward())
+        scaler = torch.amp.GradScaler(device.type, enabled=transformer.dtype == torch.float16)
+        handle.tap = TransferTap(lambda loss: scaler.scale(loss).backward())
         autocast = torch.autocast(device.type, transformer.dtype, transformer.dtype != torch.float32)
         scheduler, latent, picture = _sampler(backbone), torch.empty(0), 0
         times: list[Tensor] = []
@@ -90,13 +93,27 @@ def calibrate(
             losses.append(float(torch.stack(list(handle.tap.losses.values())).mean()))
             if losses[-1] != losses[-1] or losses[-1] == float("inf"):
                 raise EDiTError(f"the error is not finite at step {step}; try a lower lr")
+            scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(handle.sides.parameters(), 1.0)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             schedule.step()
             on_step(step, losses[-1])
         tensors = {name: p.detach().cpu().clone() for name, p in handle.sides.state_dict().items()}
     training = {"recipe": {"calibrate": {"lr": lr, "guidance": guidance}}, "steps": steps, "tool_version": __version__}
     return replace(weights, tensors=tensors, training={**training, "data": f"{len(conditions)} prompts"}), losses
+
+
+@contextmanager
+def _frozen(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """The teacher's layers are called in every loss; they are to gather no gradients."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def _sampler(backbone: str) -> Any:

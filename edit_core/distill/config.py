@@ -112,7 +112,7 @@ class RunConfig(Strict):
     """Steps between checkpoints; one more is written at the end of a stage and when stopped."""
     keep_checkpoints: Count = 3
     max_skipped: Count = 20
-    """So many steps with a loss that is not finite stop the run."""
+    """More steps in a row than these whose loss or gradient is not finite stop the run."""
 
     @model_validator(mode="after")
     def _student(self) -> RunConfig:

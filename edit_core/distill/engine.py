@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..apply import EDiTHandle, apply_edit
-from ..commands.common import progress
+from ..commands.common import progress, usable_device
 from ..errors import EDiTError, EDiTModelError
 from ..weights import EDiTWeights
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -50,8 +50,13 @@ class Engine:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.device = _device(config.device)
+        for stage in config.stages:  # a stage that cannot run is known now, not after hours of the one before it
+            data = CachedLatents(config.cache, stage.resolution)
+            BatchPlan(data, stage.batch_size, seed=0)
         self.transformer = load_teacher(config.model, DTYPES[config.precision], self.device)
         initial = EDiTWeights.init(self.transformer, config.edit_config(), config.layers, config.seed)
+        if data.backbone != initial.backbone:
+            raise EDiTError(f"{config.cache} was made for {data.backbone}, but the teacher is {initial.backbone}")
         self.weights = initial
         self.handle: EDiTHandle = apply_edit(self.transformer, initial)
         self.handle.sides.float().requires_grad_(True)
@@ -63,6 +68,8 @@ class Engine:
         self.total = 0
         """Over all stages."""
         self.skipped = 0
+        """Steps that were not finite; float16's loss scaling finds its scale by a few of them now and then."""
+        self.skipped_in_a_row = 0
         self.stopping = False
         self.optimizer = self._optimizer(config.stages[0])
         self.empty_prompt = CachedLatents.empty_prompt(config.cache)
@@ -142,7 +149,7 @@ class Engine:
             losses = {
                 "task": F.mse_loss(student, task_target(backbone, latent, noised).float()),
                 "prediction": F.mse_loss(student, teacher),
-                "feature": torch.stack(list(features.losses.values())).mean(),
+                "feature": features.total(),
             }
             loss = stage.task * losses["task"] + stage.prediction * losses["prediction"]
             loss = loss + stage.feature * losses["feature"]
@@ -189,15 +196,17 @@ class Engine:
         losses["gradient"] = norm.detach()
         finite = bool(torch.isfinite(losses["loss"])) and bool(torch.isfinite(norm))
         if finite:
+            self.skipped_in_a_row = 0
             self.scaler.step(self.optimizer)
             with torch.no_grad():
                 for name, average in self.ema.items():
                     average.lerp_(self.parameters[name], 1 - self.config.ema)
         else:
-            self.skipped += 1
-            if self.skipped > self.config.max_skipped:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            if self.skipped_in_a_row > self.config.max_skipped:
                 raise EDiTError(
-                    f"{self.skipped} steps had a loss or gradient that is not finite; stopped at step {self.total}. "
+                    f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at "
+                    f"step {self.total}. "
                     f"The last good checkpoint is in {self.config.output / 'checkpoints'}; try a lower lr or bfloat16"
                 )
         self.scaler.update()
@@ -219,6 +228,8 @@ class Engine:
             "step": self.step,
             "total": self.total,
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "groups": [{k: _plain(v) for k, v in g.items() if k != "params"} for g in optimizer["param_groups"]],
             "scaler": self.scaler.state_dict(),
             "config": json.loads(self.config.model_dump_json()),
         }
@@ -235,13 +246,13 @@ class Engine:
         if path is None:
             return False
         tensors, state = load_checkpoint(path)
-        for field in ("student", "layers"):
+        for field in ("student", "layers", "optimizer", "ema", "precision"):
             if state["config"][field] != json.loads(self.config.model_dump_json())[field]:
                 raise EDiTError(
                     f"{path} was made with another {field} ({state['config'][field]!r}); choose another output folder"
                 )
         self.stage_index, self.step, self.total = state["stage"], state["step"], state["total"]
-        self.skipped = state["skipped"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"side.{name}"])
@@ -249,18 +260,22 @@ class Engine:
                     self.ema[name].copy_(tensors[f"ema.{name}"])
         if self.stage_index < len(self.config.stages):
             self.optimizer = self._optimizer(self.config.stages[self.stage_index])
-            self._restore_optimizer(tensors)
+            self._restore_optimizer(tensors, state["groups"])
         self.scaler.load_state_dict(state["scaler"])
         return True
 
-    def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
+    def _restore_optimizer(self, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
         for index, name in enumerate(self.parameters):
             prefix = f"optimizer.{name}."
             moments = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             if moments:
                 state[index] = moments
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        fresh = self.optimizer.state_dict()["param_groups"]
+        if not state:  # the checkpoint closed a stage: the next one begins with an optimiser of its own
+            return
+        merged = [{**old, **saved, "params": old["params"]} for old, saved in zip(fresh, groups, strict=True)]
+        self.optimizer.load_state_dict({"state": state, "param_groups": merged})
 
     def export(self) -> Path:
         """Writes the student, averaged if there is an average, as an EDiT weights file."""
@@ -315,6 +330,11 @@ class Engine:
                 signal.signal(number, handler)
 
 
+def _plain(value: Any) -> Any:
+    """A value of an optimiser's group for JSON, which keeps floats exactly."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
 def rate(stage: Stage, step: int) -> float:
     """Share of the highest learning rate at a step."""
     if step < stage.warmup:
@@ -350,7 +370,4 @@ def load_teacher(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EDiTError(f"device: {name} was asked for, but there is no CUDA device here; set device=cpu")
-    return device
+    return usable_device(name)

@@ -63,12 +63,13 @@ class TransferTap:
 class FeatureTap:
     """Compares the student's attention outputs, on its own inputs, with the teacher's.
 
-    Used twice per step: :meth:`teacher` records, :meth:`student` compares.
+    Used twice per step: :meth:`teacher` records, :meth:`student` compares; then :meth:`total` closes it.
     """
 
     def __init__(self) -> None:
         self._teacher: dict[str, Any] = {}
-        self.losses: dict[str, Tensor] = {}
+        self._losses: list[Tensor] = []
+        self._open = True
 
     def teacher(self, key: str, dense: Callable[[], Any], edit: Callable[[], Any]) -> Any:
         self._teacher[key] = dense()
@@ -76,5 +77,15 @@ class FeatureTap:
 
     def student(self, key: str, dense: Callable[[], Any], edit: Callable[[], Any]) -> Any:
         output = edit()
-        self.losses[key] = _loss(output, self._teacher[key])
+        loss = _loss(output, self._teacher[key])
+        # Gradient checkpointing comes here again in the backward pass; keeping that loss would keep its graph.
+        if self._open:
+            self._losses.append(loss)
         return output
+
+    def total(self) -> Tensor:
+        """Mean over the attentions."""
+        self._open = False
+        mean = torch.stack(self._losses).mean()
+        self._losses.clear()
+        return mean
