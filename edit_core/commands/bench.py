@@ -12,16 +12,8 @@ from typing import Any
 
 from ..bench import Measurement, measure, table
 from ..errors import EDiTError
-from .common import (
-    DTYPES,
-    Result,
-    add_config_arguments,
-    add_model_arguments,
-    backbones_of,
-    config_of,
-    device_of,
-    progress,
-)
+from ..runtime import DTYPES, progress
+from .common import Result, add_config_arguments, add_model_arguments, backbones_of, config_of, device_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,8 @@ import torch
 from ..distill.cache import build_cache
 from ..distill.encoders import PipelineEncoder
 from ..distill.sources import DatasetSource, FolderSource, Source, TarSource
-from .common import DTYPES, Result, device_of, progress
+from ..runtime import DTYPES, progress
+from .common import Result, device_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

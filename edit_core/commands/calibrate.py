@@ -6,15 +6,15 @@ It is the first stage of a distillation alone, and needs no data set; a full dis
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import EDiTError
+from ..runtime import DTYPES, progress
 from ..weights import EDiTWeights
-from .common import DTYPES, Result, add_config_arguments, config_of, device_of, progress
+from .common import Result, add_config_arguments, config_of, device_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,5 +79,5 @@ def run(options: Any) -> Result:
         on_step=on_step,
     )
     trained.save(output)
-    data = {"file": str(output), "losses": losses, "training": json.loads(json.dumps(trained.training))}
+    data = {"file": str(output), "losses": losses, "training": trained.training}
     return Result(f"{output}: mean relative error {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps", data)

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from ..backbones import BACKBONES
 from ..config import EDiTConfig
-from ..errors import EDiTError
+from ..runtime import DTYPES, usable_device
 
-__all__ = [
-    "DTYPES",
-    "Result",
-    "add_config_arguments",
-    "add_model_arguments",
-    "config_of",
-    "device_of",
-    "progress",
-    "usable_device",
-]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-T = TypeVar("T")
+__all__ = ["Result", "add_config_arguments", "add_model_arguments", "backbones_of", "config_of", "device_of"]
 
 
 class Result(NamedTuple):
@@ -60,28 +45,5 @@ def device_of(options: Any) -> torch.device:
     return usable_device(options.device)
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        EDiTError: there is no such device here.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise EDiTError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def backbones_of(options: Any) -> list[str]:
     return list(BACKBONES) if options.backbone == "both" else [options.backbone]
-
-
-def progress(steps: Iterable[T], total: int, label: str) -> Iterable[T]:
-    """A progress bar on a terminal; nothing where stderr is not one."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return steps
-    return tqdm(steps, desc=label, total=total, leave=False, disable=not sys.stderr.isatty())

@@ -19,17 +19,9 @@ from ..backbones import BACKBONES
 from ..bench import device_name
 from ..errors import EDiTError
 from ..models import PROMPT_TOKENS, random_transformer
+from ..runtime import DTYPES, progress
 from ..weights import EDiTWeights
-from .common import (
-    DTYPES,
-    Result,
-    add_config_arguments,
-    add_model_arguments,
-    backbones_of,
-    config_of,
-    device_of,
-    progress,
-)
+from .common import Result, add_config_arguments, add_model_arguments, backbones_of, config_of, device_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Any) -> Result:
     path = Path(options.file)
-    if path.is_file() and any(".conv_fusion." in key for key in BaseFile(path).shapes):
-        return _weights(path, options.base)
     file = BaseFile(path)
+    if path.is_file() and any(".conv_fusion." in key for key in file.shapes):
+        return _weights(path, options.base)
     base = file.identify()
     data = {
         "kind": "base model",

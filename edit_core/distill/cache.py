@@ -45,7 +45,7 @@ FORMAT = "edit-cache"
 FORMAT_VERSION = 1
 EMPTY_PROMPT = "empty_prompt.safetensors"
 Progress = Callable[[Iterable[Item], int, str], Iterable[Item]]
-"""`edit_core.commands.common.progress`, or alike."""
+"""`edit_core.runtime.progress`, or alike."""
 
 _SHARD_SECONDS = 600.0  # a shard is closed after so long, full or not, so that a kill costs no more than that
 _EXAMPLES = 5  # images that a report names

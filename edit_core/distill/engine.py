@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .. import __version__
 from ..apply import EDiTHandle, apply_edit
-from ..commands.common import progress, usable_device
 from ..errors import EDiTError, EDiTModelError
+from ..runtime import DTYPES, progress, usable_device
 from ..weights import EDiTWeights
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import DistillStage, RunConfig, Stage, TransferStage
@@ -33,8 +33,6 @@ from .losses import FeatureTap, TransferTap
 from .objective import call_arguments, noise_batch, prediction, task_target
 
 __all__ = ["Engine"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Engine:
@@ -50,13 +48,14 @@ class Engine:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.device = _device(config.device)
-        for stage in config.stages:  # a stage that cannot run is known now, not after hours of the one before it
-            data = CachedLatents(config.cache, stage.resolution)
-            BatchPlan(data, stage.batch_size, seed=0)
+        self.data = [CachedLatents(config.cache, stage.resolution) for stage in config.stages]
+        for data, stage in zip(self.data, config.stages, strict=True):
+            BatchPlan(data, stage.batch_size, seed=0)  # a stage that cannot run is known now, not hours later
         self.transformer = load_teacher(config.model, DTYPES[config.precision], self.device)
         initial = EDiTWeights.init(self.transformer, config.edit_config(), config.layers, config.seed)
-        if data.backbone != initial.backbone:
-            raise EDiTError(f"{config.cache} was made for {data.backbone}, but the teacher is {initial.backbone}")
+        cached = self.data[0].backbone
+        if cached != initial.backbone:
+            raise EDiTError(f"{config.cache} was made for {cached}, but the teacher is {initial.backbone}")
         self.weights = initial
         self.handle: EDiTHandle = apply_edit(self.transformer, initial)
         self.handle.sides.float().requires_grad_(True)
@@ -93,7 +92,7 @@ class Engine:
         return self.export()
 
     def _run_stage(self, stage: Stage, log: Any) -> None:
-        data = CachedLatents(self.config.cache, stage.resolution)
+        data = self.data[self.stage_index]
         plan = BatchPlan(data, stage.batch_size, seed=self._seed("plan"))
         label = f"{stage.kind} {stage.resolution}"
         for _ in progress(range(self.step, stage.steps), stage.steps - self.step, label):
@@ -246,8 +245,9 @@ class Engine:
         if path is None:
             return False
         tensors, state = load_checkpoint(path)
+        now = json.loads(self.config.model_dump_json())
         for field in ("student", "layers", "optimizer", "ema", "precision"):
-            if state["config"][field] != json.loads(self.config.model_dump_json())[field]:
+            if state["config"][field] != now[field]:
                 raise EDiTError(
                     f"{path} was made with another {field} ({state['config'][field]!r}); choose another output folder"
                 )
