@@ -6,16 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["FeatureTap", "TransferTap", "dense_tap", "relative_error"]
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error relative to the teacher's mean square, so that all attentions weigh alike; float32."""
-    teacher = teacher.float()
-    return F.mse_loss(student.float(), teacher) / teacher.square().mean().clamp(min=1e-12)
+    """Mean over the batch of each sample's squared error relative to its teacher's mean square; float32.
+
+    So all attentions and samples weigh alike, and a batch's loss is the mean of its parts' however it is split among
+    processes and micro-batches.
+    """
+    student, teacher = student.float().flatten(1), teacher.float().flatten(1)  # (B, ...)
+    scale = teacher.square().mean(1).clamp(min=1e-12)  # (B,)
+    return ((student - teacher).square().mean(1) / scale).mean()
 
 
 def _rows(output: Any) -> tuple[Tensor | None, ...]:
