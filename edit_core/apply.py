@@ -10,6 +10,7 @@ from torch import nn
 
 from .attention import EDiTAttention, Grid
 from .backbones import identify_module
+from .differences import PREFIX, module_tree
 from .errors import EDiTModelError
 from .layers import format_layers
 from .processors import Processor, Tap
@@ -23,11 +24,15 @@ logger = logging.getLogger(__name__)
 class EDiTHandle:
     """An applied EDiT; :meth:`remove` undoes it. As a context manager it does so at the end of the block."""
 
-    def __init__(self, transformer: nn.Module, blocks: tuple[int, ...], sides: nn.ModuleDict) -> None:
+    def __init__(
+        self, transformer: nn.Module, blocks: tuple[int, ...], sides: nn.ModuleDict, differences: nn.ModuleDict
+    ) -> None:
         self.blocks = blocks
         """The blocks that are linear."""
         self.sides = sides
         """The side modules, `sides[str(block)][site]`: what a training would optimise."""
+        self.differences = differences
+        """The differences on the base's linears, nested as the transformer is; without parameters if there are none."""
         self.grid: Grid | None = None
         self.tap: Tap | None = None
         """Stands in for every replaced attention's call, for who trains or compares; None for EDiT itself."""
@@ -47,16 +52,32 @@ class EDiTHandle:
         # It outlives the call: gradient checkpointing runs the attentions again in the backward pass.
         self.grid = (height // patch, width // patch)
 
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """All that a training may optimise, side weights and differences, by its name in a weights file.
+
+        The same parameters as those of :attr:`sides` and :attr:`differences`, on which `float()` and
+        `requires_grad_()` act.
+        """
+        changes = {PREFIX + name: parameter for name, parameter in self.differences.named_parameters()}
+        return {**dict(self.sides.named_parameters()), **changes}
+
     def stay_dense(self, reason: str) -> None:
         """Logs why a call could not be linear, once per reason."""
         if reason not in self._said:
             self._said.add(reason)
             logger.warning("EDiT: stays dense: %s", reason)
 
-    def install(self, key: str, attention: Any, processor_class: type[Processor], side: EDiTAttention) -> None:
+    def install(
+        self,
+        key: str,
+        attention: Any,
+        processor_class: type[Processor],
+        side: EDiTAttention,
+        differences: nn.ModuleDict,
+    ) -> None:
         """Replaces one attention's processor; `key` is its `<block>.<site>`."""
         original = attention.processor
-        attention.set_processor(processor_class(key, side, original, self))
+        attention.set_processor(processor_class(key, side, original, self, differences))
         self._replaced.append((attention, original))
 
     def remove(self) -> None:
@@ -80,7 +101,8 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all") -> E
     """Makes a diffusers transformer run EDiT (PixArt-Σ) or MM-EDiT (SD3.5-M) with these weights.
 
     Works under `PixArtSigmaPipeline` and `StableDiffusion3Pipeline`, which call the transformer as before. The side
-    weights take the transformer's device and dtype, and follow it where it moves.
+    weights take the transformer's device and dtype, and follow it where it moves. So do differences on the base's
+    linears, if the weights hold any; they are added to the linears' outputs, and the linears stay as they are.
 
     Args:
         transformer: a `PixArtTransformer2DModel` or `SD3Transformer2DModel`.
@@ -105,12 +127,17 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all") -> E
         logger.warning("EDiT: %s", warning)
     sides, state = weights.build(blocks, device=transformer.device, dtype=transformer.dtype)
     sides.load_state_dict(state)
-    sides.requires_grad_(False).train(transformer.training)
-    handle = EDiTHandle(transformer, blocks, sides)
+    changes = weights.build_differences(blocks, transformer.device, transformer.dtype)
+    differences = module_tree(changes)
+    for module in (sides, differences):
+        module.requires_grad_(False).train(transformer.training)
+    handle = EDiTHandle(transformer, blocks, sides, differences)
     for block in blocks:
         for site, side in sides[str(block)].items():  # type: ignore[operator]
-            attention = base.backbone.diffusers_attention(transformer, block, site)
-            handle.install(f"{block}.{site}", attention, base.backbone.diffusers_processor(site), side)
+            own = {x.name: changes[x.diffusers] for x in base.backbone.linears(block, site) if x.diffusers in changes}
+            attention = transformer.get_submodule(base.backbone.diffusers_path(block, site))
+            processor = base.backbone.diffusers_processor(site)
+            handle.install(f"{block}.{site}", attention, processor, side, nn.ModuleDict(own))
     dense = set(range(base.depth)) - set(blocks)
     if dense:
         logger.info("EDiT: blocks %s stay dense: not listed or without weights", format_layers(dense))

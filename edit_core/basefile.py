@@ -25,12 +25,17 @@ class BaseFile:
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Names and shapes of all tensors, prefixes included."""
+        self.dtypes: dict[str, str] = {}
+        """Names and dtypes of all tensors, as safetensors calls them (`F16`)."""
         self._files: dict[str, Path] = {}
-        for file in _files(self.path):
+        self.files = _files(self.path)
+        """The safetensors files that it consists of; those of a folder lie in one folder, the transformer's."""
+        for file in self.files:
             try:
                 with safe_open(file, framework="pt", device="cpu") as tensors:
                     for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                        self.shapes[key] = tuple(tensors.get_slice(key).get_shape())
+                        entry = tensors.get_slice(key)
+                        self.shapes[key], self.dtypes[key] = tuple(entry.get_shape()), entry.get_dtype()
                         self._files[key] = file
             except SafetensorError as error:
                 raise EDiTModelError(f"{file.name} is not a complete safetensors file ({error})") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import secrets
 from pathlib import Path
@@ -10,10 +11,24 @@ from typing import Any
 
 from .errors import EDiTError
 
-__all__ = ["read_json", "sync_folder", "write_file"]
+__all__ = ["new_output", "read_json", "sync_folder", "write_file"]
 
 
-def write_file(path: Path, data: bytes) -> None:
+def new_output(text: str | os.PathLike[str]) -> Path:
+    """A path to write to.
+
+    Raises:
+        EDiTError: it exists already, or its folder does not.
+    """
+    path = Path(text)
+    if path.exists():
+        raise EDiTError(f"{path} exists already; choose another name")
+    if not path.parent.is_dir():
+        raise EDiTError(f"{path.parent} is not a folder; make it first")
+    return path
+
+
+def write_file(path: Path, data: bytes | mmap.mmap) -> None:
     """Writes a file beside its place and renames it there; an existing one is replaced only by the complete new one.
 
     Raises:

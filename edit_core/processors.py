@@ -39,12 +39,15 @@ class Processor(nn.Module):
         side: the site's side weights. As a submodule they move and are cast with the transformer.
         original: the processor that was there before.
         host: gives the running call's grid and tap.
+        differences: what to add to the outputs of the attention's own linears, by the linear's name, if anything. The
+            linears stay as they are, so the original processor computes what it always did.
     """
 
-    def __init__(self, key: str, side: EDiTAttention, original: Any, host: Host) -> None:
+    def __init__(self, key: str, side: EDiTAttention, original: Any, host: Host, differences: nn.ModuleDict) -> None:
         super().__init__()
         self.key = key
         self.side = side
+        self.differences = differences
         self.original = (original,)  # in a tuple, so that it is no submodule of ours
         self.host = host
 
@@ -68,6 +71,19 @@ class Processor(nn.Module):
     def edit(self, attn: Any, x: Tensor, prompt: Any, grid: Grid) -> Any:
         """The replaced attention, output projection included."""
 
+    def changed(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """A linear's output `y` for `x`, with the linear's difference if it has one; all `(B, N, C)`."""
+        return y + self.differences[name](x) if name in self.differences else y
+
+    def projections(self, attn: Any, x: Tensor) -> Projections:
+        """The base's `q, k, v` of image tokens `(B, N, C)`."""
+        q, k, v = attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+        return Projections(self.changed("to_q", x, q), self.changed("to_k", x, k), self.changed("to_v", x, v))
+
+    def output(self, attn: Any, y: Tensor) -> Tensor:
+        """The base's output projection of image tokens `(B, N, C)`."""
+        return attn.to_out[1](self.changed("to_out", y, attn.to_out[0](y)))
+
     def _grid(self, x: Tensor, attention_mask: Tensor | None) -> Grid | None:
         """The grid if this call can be linear, else None, the reason having been told."""
         grid = self.host.grid
@@ -86,20 +102,21 @@ class SelfProcessor(Processor):
     """EDiT in place of an image-only self-attention: `(B, N, C)` -> `(B, N, C)`."""
 
     def edit(self, attn: Any, x: Tensor, prompt: Any, grid: Grid) -> Tensor:
-        y = self.side(x, _projections(attn, x), grid, attn.heads, attn.norm_q, attn.norm_k)  # (B, N, C)
-        return attn.to_out[1](attn.to_out[0](y))
+        y = self.side(x, self.projections(attn, x), grid, attn.heads, attn.norm_q, attn.norm_k)  # (B, N, C)
+        return self.output(attn, y)
 
 
 class JointProcessor(Processor):
     """MM-EDiT in place of a joint attention: image `(B, N, C)`, prompt `(B, P, C)` -> the same two."""
 
     def edit(self, attn: Any, x: Tensor, prompt: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-        q_p = _normed(attn.add_q_proj(prompt), attn, attn.norm_added_q)  # (B, P, C)
-        k_p = _normed(attn.add_k_proj(prompt), attn, attn.norm_added_k)  # (B, P, C)
+        q_p = self.changed("add_q_proj", prompt, attn.add_q_proj(prompt))  # (B, P, C)
+        k_p = self.changed("add_k_proj", prompt, attn.add_k_proj(prompt))  # (B, P, C)
+        v_p = self.changed("add_v_proj", prompt, attn.add_v_proj(prompt))  # (B, P, C)
         y_image, y_prompt = self.side(
             x,
-            _projections(attn, x),
-            Projections(q_p, k_p, attn.add_v_proj(prompt)),
+            self.projections(attn, x),
+            Projections(_normed(q_p, attn, attn.norm_added_q), _normed(k_p, attn, attn.norm_added_k), v_p),
             grid,
             attn.heads,
             attn.norm_q,
@@ -107,14 +124,8 @@ class JointProcessor(Processor):
             prompt_rows=not attn.context_pre_only,
         )  # (B, N, C), (B, P, C) or None
         # The last block's caller drops the prompt rows.
-        prompt_out = None if y_prompt is None else attn.to_add_out(y_prompt)
-        return attn.to_out[1](attn.to_out[0](y_image)), prompt_out
-
-
-def _projections(attn: Any, x: Tensor) -> Projections:
-    if attn.fused_projections:
-        return Projections(*attn.to_qkv(x).chunk(3, dim=-1))
-    return Projections(attn.to_q(x), attn.to_k(x), attn.to_v(x))
+        prompt_out = None if y_prompt is None else self.changed("to_add_out", y_prompt, attn.to_add_out(y_prompt))
+        return self.output(attn, y_image), prompt_out
 
 
 def _normed(tokens: Tensor, attn: Any, norm: nn.Module | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""EDiT weights: the side weights of a student, what they were made for, and the file that holds them."""
+"""EDiT weights: a student's side weights and its changes to the base, what they were made for, and their file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from torch import Tensor, nn
 from .attention import SITES, LayerFactory
 from .backbones import BACKBONES, Base, identify_module
 from .config import EDiTConfig
+from .differences import Trainable, check_differences, group, initial_differences, modules_of
 from .errors import EDiTConfigError, EDiTError, EDiTWeightsError
 from .files import write_file
 from .layers import format_layers, parse_layers
 
-__all__ = ["EDiTWeights", "LoadReport", "build_sides"]
+__all__ = ["DTYPES", "EDiTWeights", "LoadReport", "build_sides", "fingerprint", "fingerprint_distance"]
 
 FORMAT = "edit"
 FORMAT_VERSION = "1"
 _NAME = re.compile(r"(\d{1,6})\.(self|joint)\.(.+)")
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What weights may be stored in, by safetensors' names."""
 _SAMPLES = 8  # bias values per block in a base's fingerprint
 _SAME_BASE = 0.5  # relative distance of fingerprints; unrelated bases are near 1.4, an fp8 copy is under 0.2
 
@@ -68,13 +70,13 @@ def build_sides(
 
 @dataclass
 class EDiTWeights:
-    """A student's side weights, on the CPU, and what they were made for."""
+    """A student's side weights and differences on its base, on the CPU, and what they were made for."""
 
     backbone: str
     """`pixart_sigma` or `sd35_medium`."""
     config: EDiTConfig
     tensors: dict[str, Tensor]
-    """`<block>.<site>.<tensor>`, float32, float16 or bfloat16."""
+    """`<block>.<site>.<tensor>` and `base.<diffusers path>.<tensor>`, float32, float16 or bfloat16."""
     base_hash: str
     """A fingerprint of the base (see :func:`fingerprint`)."""
     training: dict[str, Any] = field(default_factory=dict)
@@ -82,7 +84,13 @@ class EDiTWeights:
 
     @classmethod
     def init(
-        cls, transformer: nn.Module, config: EDiTConfig | None = None, layers: str = "all", seed: int = 0
+        cls,
+        transformer: nn.Module,
+        config: EDiTConfig | None = None,
+        layers: str = "all",
+        seed: int = 0,
+        trainable: Trainable = "side",
+        rank: int = 16,
     ) -> EDiTWeights:
         """Weights that make the student start near its teacher (ours; the paper states no initialisation).
 
@@ -94,18 +102,28 @@ class EDiTWeights:
             transformer: the teacher, a diffusers transformer or a ComfyUI `diffusion_model`.
             config: the student's choices.
             layers: the blocks to make weights for, `"all"` or `"0, 3-9"`.
-            seed: seeds the 3x3 convolutions, the only random part.
+            seed: seeds the 3x3 convolutions and the `A` of low-rank differences, the only random parts.
+            trainable: `low_rank` or `full` add differences, without an effect yet, on the linears of the replaced
+                attentions, for a training to change.
+            rank: of low-rank differences.
 
         Raises:
             EDiTModelError: not a transformer that EDiT knows.
-            EDiTError: a bad `layers` text, or one that names no block.
+            EDiTError: a bad `layers` text, or one that names no block; a bad rank.
         """
         state = transformer.state_dict()
-        return cls.init_for(identify_module(transformer), state.__getitem__, config, layers, seed)
+        return cls.init_for(identify_module(transformer), state.__getitem__, config, layers, seed, trainable, rank)
 
     @classmethod
     def init_for(
-        cls, base: Base, tensor: Callable[[str], Tensor], config: EDiTConfig | None, layers: str, seed: int
+        cls,
+        base: Base,
+        tensor: Callable[[str], Tensor],
+        config: EDiTConfig | None = None,
+        layers: str = "all",
+        seed: int = 0,
+        trainable: Trainable = "side",
+        rank: int = 16,
     ) -> EDiTWeights:
         """:meth:`init` for a base that need not be in memory: `tensor` gives a few of its biases by name."""
         config = config or EDiTConfig()
@@ -115,15 +133,16 @@ class EDiTWeights:
         sides = build_sides(base.dim, chosen, config, device=torch.device("meta"))
         generator = torch.Generator().manual_seed(seed)
         tensors = {name: _initial(name, tuple(t.shape), config, generator) for name, t in sides.state_dict().items()}
+        paths = [linear.diffusers for block in chosen for linear in base.linears(block)]
+        tensors.update(initial_differences(paths, base.dim, trainable, rank, generator))
         return cls(base.backbone.name, config, tensors, fingerprint(base, tensor))
 
     @property
     def sites(self) -> dict[int, tuple[str, ...]]:
         """Which sites of which blocks there are weights for."""
         found: dict[int, set[str]] = {}
-        for name in self.tensors:
-            block, site, _ = name.split(".", 2)
-            found.setdefault(int(block), set()).add(site)
+        for match in filter(None, map(_NAME.fullmatch, self.tensors)):
+            found.setdefault(int(match[1]), set()).add(match[2])
         return {block: tuple(sorted(found[block])) for block in sorted(found)}
 
     @property
@@ -139,16 +158,29 @@ class EDiTWeights:
         dtype: torch.dtype | None = None,
     ) -> tuple[nn.ModuleDict, dict[str, Tensor]]:
         """Empty side modules for some blocks, and the state dict to fill them with (strictly, by the caller)."""
-        wanted = {block: self.sites[block] for block in blocks}
+        sites = self.sites
+        wanted = {block: sites[block] for block in blocks}
         modules = build_sides(self.dim, wanted, self.config, layers, device, dtype)
-        state = {n: t.to(dtype=dtype) for n, t in self.tensors.items() if int(n.split(".", 1)[0]) in wanted}
+        ours = {name: match for name in self.tensors if (match := _NAME.fullmatch(name))}
+        state = {n: self.tensors[n].to(dtype=dtype) for n, match in ours.items() if int(match[1]) in wanted}
         return modules, state
+
+    def build_differences(
+        self, blocks: Iterable[int], device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, nn.Module]:
+        """The differences on the linears of some blocks, by the linears' diffusers paths, as filled modules."""
+        return modules_of(self.differences(blocks), device, dtype)
+
+    def differences(self, blocks: Iterable[int] | None = None) -> dict[str, dict[str, Tensor]]:
+        """The differences on the linears of some blocks, or of all (see :data:`.differences.Differences`)."""
+        paths = _paths(self.backbone, self.sites, blocks)
+        return {path: parts for path, parts in group(self.tensors).items() if path in paths}
 
     def check_base(self, base: Base) -> None:
         """Whether these weights can run on a base at all.
 
         Raises:
-            EDiTWeightsError: another backbone, another width, or blocks that the base does not have.
+            EDiTWeightsError: another backbone, another width, or blocks or linears that the base does not have.
         """
         if self.backbone != base.backbone.name:
             titles = {name: backbone.title for name, backbone in BACKBONES.items()}
@@ -166,6 +198,9 @@ class EDiTWeights:
                 raise EDiTWeightsError(
                     f"these EDiT weights hold block {block} ({' and '.join(sites)}), but the model has {has} there"
                 )
+        paths = {linear.diffusers for block in self.sites for linear in base.linears(block)}
+        if surplus := sorted(set(self.differences()) - paths):
+            raise EDiTWeightsError(f"these EDiT weights change {surplus[0]}, which the model does not have or use")
 
     def choose(self, layers: str, base: Base) -> tuple[int, ...]:
         """The blocks of `layers` for this base; `"all"` means all that these weights hold.
@@ -195,9 +230,9 @@ class EDiTWeights:
             f"base stays under {_SAME_BASE}); the pictures will probably be poor"
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one `.safetensors` file; an existing file is replaced only once the new one is complete."""
-        metadata = {
+    def metadata(self) -> dict[str, str]:
+        """What the file says of itself, as strings: format, backbone, config, base_hash and training."""
+        return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "backbone": self.backbone,
@@ -205,7 +240,11 @@ class EDiTWeights:
             "base_hash": self.base_hash,
             "training": json.dumps(self.training),
         }
-        write_file(Path(path), save({name: t.contiguous() for name, t in self.tensors.items()}, metadata))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one `.safetensors` file; an existing file is replaced only once the new one is complete."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        write_file(Path(path), save(tensors, self.metadata()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EDiTWeights:
@@ -220,24 +259,47 @@ class EDiTWeights:
     @classmethod
     def load_with_report(cls, path: str | os.PathLike[str]) -> tuple[EDiTWeights, LoadReport]:
         """:meth:`load`, with a report of what the file held."""
-        path = Path(path)
+        weights, unexpected = cls._read(Path(path))
+        return weights, LoadReport(tuple(weights.sites), unexpected)
+
+    @classmethod
+    def load_from_checkpoint(
+        cls, path: str | os.PathLike[str], metadata: Mapping[str, str], prefix: str
+    ) -> EDiTWeights:
+        """:meth:`load` for weights among a training's tensors.
+
+        Args:
+            path: a checkpoint's `.safetensors` file.
+            metadata: what :meth:`metadata` gave when it was written.
+            prefix: what stands before the names of the wanted tensors.
+
+        Raises:
+            EDiTWeightsError: as from :meth:`load`.
+        """
+        return cls._read(Path(path), metadata, prefix)[0]
+
+    @classmethod
+    def _read(
+        cls, path: Path, metadata: Mapping[str, str] | None = None, prefix: str = ""
+    ) -> tuple[EDiTWeights, tuple[str, ...]]:
+        """The weights, and the names that are none of theirs."""
         if not path.is_file():
             raise EDiTWeightsError(f"{path}: there is no such file")
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                names = list(file.keys())
-                slices = {name: file.get_slice(name) for name in names}
+                if metadata is None:
+                    metadata = file.metadata() or {}
+                names = [name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+                slices = {name: file.get_slice(prefix + name) for name in names}
                 header = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
                 weights = cls._from_header(path, metadata, header)
                 expected = weights.tensors
-                weights.tensors = {name: file.get_tensor(name) for name in names if name in expected}
+                weights.tensors = {name: file.get_tensor(prefix + name) for name in names if name in expected}
         except SafetensorError as error:
             raise EDiTWeightsError(f"{path}: not a complete safetensors file ({error})") from None
         except OSError as error:
             raise EDiTWeightsError(f"{path}: cannot be read ({error})") from None
-        unexpected = tuple(name for name in names if name not in weights.tensors)
-        return weights, LoadReport(tuple(weights.sites), unexpected)
+        return weights, tuple(name for name in names if name not in weights.tensors)
 
     @classmethod
     def _from_header(
@@ -279,14 +341,26 @@ class EDiTWeights:
         if missing := sorted(set(expected) - set(header)):
             raise EDiTWeightsError(f"{path}: {len(missing)} tensors are missing, {missing[0]} among them")
         for name, tensor in expected.items():
-            shape, dtype = header[name]
+            shape = header[name][0]
             if shape != tuple(tensor.shape):
                 raise EDiTWeightsError(f"{path}: {name} is {_by(shape)}, but the config asks for {_by(tensor.shape)}")
-            if dtype not in _DTYPES:
-                raise EDiTWeightsError(f"{path}: {name} is {dtype}, but EDiT weights are {', '.join(_DTYPES)}")
+        shapes = {name: shape for name, (shape, _) in header.items()}
+        differences = check_differences(shapes, _paths(metadata["backbone"], found), dim, str(path))
+        expected.update({name: torch.empty(shapes[name], device="meta") for name in differences})
+        for name in expected:
+            dtype = header[name][1]
+            if dtype not in DTYPES:
+                raise EDiTWeightsError(f"{path}: {name} is {dtype}, but EDiT weights are {', '.join(DTYPES)}")
         if not isinstance(training, dict):
             raise EDiTWeightsError(f"{path}: its metadata is damaged: training is not a JSON object")
-        return cls(str(metadata["backbone"]), config, expected, metadata.get("base_hash", ""), training)
+        return cls(metadata["backbone"], config, expected, metadata.get("base_hash", ""), training)
+
+
+def _paths(backbone: str, sites: Mapping[int, Iterable[str]], blocks: Iterable[int] | None = None) -> set[str]:
+    """Diffusers paths of the linears that some blocks, or all, can have a difference on."""
+    linears = BACKBONES[backbone].linears
+    chosen = sites if blocks is None else blocks
+    return {linear.diffusers for block in chosen for site in sites[block] for linear in linears(block, site)}
 
 
 def _by(shape: Iterable[int]) -> str:

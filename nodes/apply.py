@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..edit_core import EDiTConfig, EDiTError, EDiTWeights
 from ..edit_core.layers import parse_layers
-from .patcher import apply_to_model, identify_model
+from .patcher import apply_to_model, base_tensor, identify_model
 
 CATEGORY = "EDiT"
 Weights = io.Custom("EDIT_WEIGHTS")
@@ -42,7 +42,9 @@ class EDiTApply(io.ComfyNode):
             display_name="EDiT: Apply Linear Attention",
             category=CATEGORY,
             description="Replaces the softmax attention of PixArt-Σ or SD3.5-Medium by EDiT's linear attention. "
-            "Works with LoRA, ControlNet and sampling nodes before or after it; bypassing it undoes it.",
+            "Works with LoRA, ControlNet and sampling nodes before or after it; bypassing it undoes it. "
+            "Weights that also change the model's own layers do so as a LoRA does: throughout, whatever the range "
+            "and min_tokens.",
             inputs=[
                 io.Model.Input("model", tooltip="A PixArt-Σ or Stable Diffusion 3.5-Medium model, from any loader."),
                 Weights.Input("edit_weights", tooltip="EDiT weights made for this model."),
@@ -121,6 +123,5 @@ class EDiTInit(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, compression: int, layers: str) -> io.NodeOutput:
-        identify_model(model)
         config = EDiTConfig(compression=compression)
-        return io.NodeOutput(EDiTWeights.init(model.get_model_object("diffusion_model"), config, layers))
+        return io.NodeOutput(EDiTWeights.init_for(identify_model(model), base_tensor(model), config, layers))

@@ -1,7 +1,8 @@
 """EDiT on a ComfyUI MODEL: replaced forwards through an injection, side weights in a patcher of their own.
 
 An injection is built from the patcher that it is handed, so it follows deep copies; base modules are never swapped,
-so LoRA keys, memory accounting and saving stay as they were.
+so LoRA keys, memory accounting and saving stay as they were. Differences on the base's linears, where weights hold
+some, are weight patches as a LoRA's are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -25,7 +27,7 @@ from ..edit_core.attention import EDiTAttention
 from ..edit_core.backbones import Backbone, Base, HostCall, identify_module
 from ..edit_core.layers import format_layers
 
-__all__ = ["apply_to_model", "identify_model"]
+__all__ = ["apply_to_model", "base_tensor", "identify_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class Application:
     start_percent: float
     end_percent: float
     min_tokens: int
+    changed: frozenset[str]
+    """Diffusers paths of the base's linears that it patched."""
 
 
 @dataclass
@@ -184,14 +188,14 @@ def apply_to_model(
     """A clone of a MODEL that runs EDiT in the given blocks, between two points of the schedule.
 
     A later application has the first word where two name the same block; outside its range the earlier one stands.
+    Differences on the model's own linears, if the weights hold any, are added whatever the range.
 
     Raises:
         EDiTError: the weights do not fit the model, or a bad `layers` text.
     """
     base = identify_model(model)
     blocks = weights.choose(layers, base)
-    state = model.get_model_object("diffusion_model").state_dict()
-    if warning := weights.warning(base, state.__getitem__):
+    if warning := weights.warning(base, base_tensor(model)):
         logger.warning("EDiT: %s", warning)
     for block in blocks:
         path = f"diffusion_model.{base.backbone.comfy_path(block)}.forward"
@@ -201,15 +205,52 @@ def apply_to_model(
         logger.info("EDiT: blocks %s stay dense: not listed or without weights", format_layers(dense))
 
     model = model.clone()
-    earlier = model.get_injections(KEY)
-    application = Application(base.backbone, blocks, start_percent, end_percent, min_tokens)
-    injection = EDiTInjection((*(earlier[0].applications if earlier else ()), application))
+    injections = model.get_injections(KEY)
+    earlier = injections[0].applications if injections else ()
+    changed = add_differences(model, weights, blocks, base)
+    if changed and (start_percent, end_percent, min_tokens) != (0.0, 1.0, 0):
+        logger.info(
+            "EDiT: start_percent, end_percent and min_tokens switch the attention alone; what these weights change in "
+            "the model's own layers stays changed throughout"
+        )
+    if twice := changed.intersection(path for application in earlier for path in application.changed):
+        logger.warning("EDiT: %d of the model's layers were changed before; the changes add up", len(twice))
+    application = Application(base.backbone, blocks, start_percent, end_percent, min_tokens, changed)
+    injection = EDiTInjection((*earlier, application))
     side = side_patcher(weights, blocks, _compute_dtype(model))
     model.set_additional_models(KEY, [*model.get_additional_models_with_key(KEY), side])
     model.set_injections(KEY, [injection])
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _make_wrapper(injection))
     return model
+
+
+def base_tensor(model: Any) -> Callable[[str], torch.Tensor]:
+    """Gives the base's tensors by their names below `diffusion_model`, without what is patched into them just now."""
+    own = model.get_key_patches("diffusion_model.")
+    return lambda key: own[f"diffusion_model.{key}"][0][0]
+
+
+def add_differences(model: Any, weights: EDiTWeights, blocks: tuple[int, ...], base: Base) -> frozenset[str]:
+    """Patches a MODEL's linears with the weights' differences on some blocks; returns the linears' diffusers paths.
+
+    ComfyUI adds and takes off such patches with a model's loading, so they cannot follow the schedule.
+    """
+    differences = weights.differences(blocks)
+    if not differences:
+        return frozenset()  # an empty patch would still make ComfyUI load the model anew
+    tensors, targets = {}, {}
+    for linear in (linear for block in blocks for linear in base.linears(block) if linear.diffusers in differences):
+        path, parts = linear.diffusers, differences[linear.diffusers]
+        if "weight" in parts:
+            tensors.update({f"{path}.diff": parts["weight"], f"{path}.bias.diff": parts["bias"]})
+        else:
+            tensors.update({f"{path}.{part}": tensor for part, tensor in parts.items()})
+        module, rows = base.place(linear)
+        for name, part in ((path, "weight"), (f"{path}.bias", "bias")):
+            targets[name] = (f"diffusion_model.{module}.{part}", (0, rows.start, base.dim))  # dimension, start, length
+    model.add_patches(comfy.lora.load_lora(tensors, targets, log_missing=False))
+    return frozenset(differences)
 
 
 def side_patcher(

@@ -1,4 +1,4 @@
-"""The checks of `comfyui/inside.py`, each run in every ComfyUI that is found."""
+"""The checks of `comfyui/inside*.py`, each run in every ComfyUI that is found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from support import comfy, models
 from edit_core import EDiTWeights, apply_edit
 
 INSIDE = Path(__file__).parent / "comfyui" / "inside.py"
-CHECKS = re.findall(r"^def (check_\w+)", INSIDE.read_text(), re.MULTILINE)
+CHECKS = [
+    check
+    for path in sorted(INSIDE.parent.glob("inside*.py"))
+    for check in re.findall(r"^def (check_\w+)", path.read_text(), re.MULTILINE)
+]
 FOUND = comfy.checkouts()
 
 
@@ -58,8 +62,17 @@ def test_inside_comfyui(checkout: Path, check: str, backbone: str, results: Any)
 
 
 @pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI)
-@pytest.mark.parametrize("size", ["34x40", "40x34"])
-@pytest.mark.parametrize("kind", ["base", "edit"])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("base", "34x40"),
+        ("base", "40x34"),
+        ("edit", "34x40"),
+        ("edit", "40x34"),
+        ("low_rank", "34x40"),
+        ("full", "34x40"),
+    ],
+)
 @pytest.mark.parametrize("backbone", models.BACKBONES)
 @pytest.mark.parametrize("checkout", FOUND or [Path("none")], ids=lambda path: path.name)
 def test_diffusers_and_comfyui_give_the_same_output(
@@ -68,8 +81,9 @@ def test_diffusers_and_comfyui_give_the_same_output(
     base, _ = results(checkout)
     caught = load_file(base / f"{backbone}-{kind}-{size}.safetensors")
     model = comfy.base_model(backbone)
-    if kind == "edit":
-        apply_edit(model, EDiTWeights.load(files / f"models/edit/{backbone}.safetensors"))
+    if kind != "base":
+        path = files / "models/edit" / backbone if kind == "edit" else base / f"{backbone}-{kind}"
+        apply_edit(model, EDiTWeights.load(path.with_suffix(".safetensors")))
     if backbone == "pixart_sigma":
         extra: dict[str, Any] = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
     else:

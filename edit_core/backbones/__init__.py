@@ -10,9 +10,9 @@ from dataclasses import replace
 from torch import nn
 
 from ..errors import EDiTModelError
-from .base import Backbone, Base, HostCall, Shapes
+from .base import Backbone, Base, BaseLinear, HostCall, Shapes
 
-__all__ = ["BACKBONES", "Backbone", "Base", "HostCall", "Shapes", "identify", "identify_module"]
+__all__ = ["BACKBONES", "Backbone", "Base", "BaseLinear", "HostCall", "Shapes", "identify", "identify_module"]
 
 
 def _discover() -> dict[str, Backbone]:

@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import EDiTAttention, Grid
 from ..processors import Processor
 
-__all__ = ["Backbone", "Base", "HostCall", "Shapes", "count_blocks"]
+__all__ = ["Backbone", "Base", "BaseLinear", "HostCall", "Shapes", "attention_linears", "count_blocks"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Names of a model's tensors and their shapes, without any prefix."""
+
+
+class BaseLinear(NamedTuple):
+    """One of a replaced attention's own linears, `C -> C` with a bias, and where each host keeps it."""
+
+    name: str
+    """As processors call it: `to_q`, `to_k`, `to_v`, `to_out`; for the prompt `add_q_proj`, ... and `to_add_out`."""
+    diffusers: str
+    """Path of the module in a diffusers transformer."""
+    comfy: str
+    """Path of the module below ComfyUI's `diffusion_model`; a fused one holds three linears."""
+    third: int | None
+    """Which third of a fused module's rows it is; None where it is all of them."""
+
+
+def attention_linears(
+    diffusers: str, comfy: str, names: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+) -> tuple[BaseLinear, ...]:
+    """The linears of an attention that ComfyUI keeps as `qkv` and `proj`.
+
+    Args:
+        diffusers: path of the diffusers `Attention`.
+        comfy: path of ComfyUI's module that holds `qkv` and `proj`.
+        names: of the query, key, value and output projections in diffusers.
+    """
+    places = (("qkv", 0), ("qkv", 1), ("qkv", 2), ("proj", None))
+    return tuple(
+        BaseLinear(name.removesuffix(".0"), f"{diffusers}.{name}", f"{comfy}.{layer}", third)
+        for name, (layer, third) in zip(names, places, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -31,10 +61,24 @@ class Base:
     """Per block, the sites (`self`, `joint`) whose attention EDiT replaces."""
     prefix: str = ""
     """What a checkpoint puts before the names of the transformer's tensors."""
+    idle: frozenset[str] = frozenset()
+    """Diffusers paths of the backbone's linears that this base lacks, or whose output nothing in it uses."""
 
     @property
     def depth(self) -> int:
         return len(self.sites)
+
+    def linears(self, block: int) -> tuple[BaseLinear, ...]:
+        """The linears of a block's replaced attentions, without the idle ones."""
+        found = (linear for site in self.sites[block] for linear in self.backbone.linears(block, site))
+        return tuple(linear for linear in found if linear.diffusers not in self.idle)
+
+    def place(self, linear: BaseLinear) -> tuple[str, slice]:
+        """Where this base keeps a linear: the path of a module, prefix included, and rows of its weight and bias."""
+        if self.host == "diffusers":
+            return self.prefix + linear.diffusers, slice(0, self.dim)
+        start = (linear.third or 0) * self.dim
+        return self.prefix + linear.comfy, slice(start, start + self.dim)
 
     def __str__(self) -> str:
         return f"{self.backbone.title} ({self.depth} blocks, {self.dim} channels, {self.host} names)"
@@ -64,11 +108,15 @@ class Backbone(ABC):
     def output_bias(self, base: Base, block: int) -> str:
         """Key, below the prefix, of the bias of a block's first replaced output projection; all formats share it."""
 
+    @abstractmethod
+    def linears(self, block: int, site: str) -> tuple[BaseLinear, ...]:
+        """The linears that a site can have; see :meth:`Base.linears` for those that a base does have."""
+
     # diffusers
 
     @abstractmethod
-    def diffusers_attention(self, transformer: nn.Module, block: int, site: str) -> Any:
-        """The diffusers `Attention` module of a site."""
+    def diffusers_path(self, block: int, site: str) -> str:
+        """Path of a site's `Attention` in a diffusers transformer."""
 
     @abstractmethod
     def diffusers_processor(self, site: str) -> type[Processor]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import EDiTAttention, Grid, Projections
 from ..errors import EDiTModelError
 from ..processors import Processor, SelfProcessor
-from .base import Backbone, Base, HostCall, Shapes, count_blocks
+from .base import Backbone, Base, BaseLinear, HostCall, Shapes, attention_linears, count_blocks
 
 _PATCH = 2
 _MARKERS = {  # tensors that, with the blocks, tell PixArt's transformer from others with blocks of the same name
@@ -34,8 +34,11 @@ class PixArtSigma(Backbone):
     def output_bias(self, base: Base, block: int) -> str:
         return _OUTPUT_BIAS[base.host].format(block)
 
-    def diffusers_attention(self, transformer: nn.Module, block: int, site: str) -> Any:
-        return transformer.get_submodule(f"transformer_blocks.{block}.attn1")
+    def linears(self, block: int, site: str) -> tuple[BaseLinear, ...]:
+        return attention_linears(self.diffusers_path(block, site), self.comfy_path(block))
+
+    def diffusers_path(self, block: int, site: str) -> str:
+        return f"transformer_blocks.{block}.attn1"
 
     def diffusers_processor(self, site: str) -> type[Processor]:
         return SelfProcessor

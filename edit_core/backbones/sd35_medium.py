@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import EDiTAttention, Grid, Projections
 from ..processors import JointProcessor, Processor, SelfProcessor
-from .base import Backbone, Base, HostCall, Shapes, count_blocks
+from .base import Backbone, Base, BaseLinear, HostCall, Shapes, attention_linears, count_blocks
 
 _OUTPUT_BIAS = {
     "comfy": "joint_blocks.{}.x_block.attn.proj.bias",
@@ -24,6 +24,12 @@ _PROMPT_BIAS = {
     "comfy": "joint_blocks.{}.context_block.attn.qkv.bias",
     "diffusers": "transformer_blocks.{}.attn.add_k_proj.bias",
 }
+_PROMPT_OUTPUT_BIAS = {
+    "comfy": "joint_blocks.{}.context_block.attn.proj.bias",
+    "diffusers": "transformer_blocks.{}.attn.to_add_out.bias",
+}
+_PROMPT_LINEARS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_PROMPT_ROWS = ("add_q_proj", "to_add_out")  # what only the attention's prompt rows go through
 
 
 class SD35Medium(Backbone):
@@ -38,14 +44,25 @@ class SD35Medium(Backbone):
                 for block in range(depth)
             )
             if any("self" in names for names in sites) and _PROMPT_BIAS[host].format(0) in shapes:
-                return Base(self, host, shapes[bias.format(0)][0], sites)
+                # A block that emits no prompt tokens (the last) has no output projection for them, and its prompt
+                # queries, though there, lead nowhere.
+                ends = [block for block in range(depth) if _PROMPT_OUTPUT_BIAS[host].format(block) not in shapes]
+                idle = {f"transformer_blocks.{block}.attn.{name}" for block in ends for name in _PROMPT_ROWS}
+                return Base(self, host, shapes[bias.format(0)][0], sites, idle=frozenset(idle))
         return None
 
     def output_bias(self, base: Base, block: int) -> str:
         return _OUTPUT_BIAS[base.host].format(block)
 
-    def diffusers_attention(self, transformer: nn.Module, block: int, site: str) -> Any:
-        return transformer.get_submodule(f"transformer_blocks.{block}.{'attn' if site == 'joint' else 'attn2'}")
+    def linears(self, block: int, site: str) -> tuple[BaseLinear, ...]:
+        path, comfy = self.diffusers_path(block, site), self.comfy_path(block)
+        if site == "self":
+            return attention_linears(path, f"{comfy}.x_block.attn2")
+        prompt = attention_linears(path, f"{comfy}.context_block.attn", _PROMPT_LINEARS)
+        return attention_linears(path, f"{comfy}.x_block.attn") + prompt
+
+    def diffusers_path(self, block: int, site: str) -> str:
+        return f"transformer_blocks.{block}.{'attn' if site == 'joint' else 'attn2'}"
 
     def diffusers_processor(self, site: str) -> type[Processor]:
         return JointProcessor if site == "joint" else SelfProcessor

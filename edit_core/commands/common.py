@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 from ..backbones import BACKBONES
 from ..config import EDiTConfig
+from ..differences import Trainable
 from ..runtime import DTYPES, usable_device
 
-__all__ = ["Result", "add_config_arguments", "add_model_arguments", "backbones_of", "config_of", "device_of"]
+__all__ = [
+    "Result",
+    "add_config_arguments",
+    "add_model_arguments",
+    "add_trainable_arguments",
+    "backbones_of",
+    "config_of",
+    "device_of",
+]
 
 
 class Result(NamedTuple):
@@ -35,6 +44,16 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         help="ConvFusion works on this many times fewer channels",
     )
     parser.add_argument("--layers", default="all", help='transformer blocks: "all", "none" or "0, 3-9, 27"')
+
+
+def add_trainable_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trainable",
+        choices=get_args(Trainable),
+        default="side",
+        help="low_rank or full also make room for changes to the base's attention linears",
+    )
+    parser.add_argument("--rank", type=int, default=16, help="with --trainable low_rank: the rank of each change")
 
 
 def config_of(options: Any) -> EDiTConfig:

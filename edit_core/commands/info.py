@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..basefile import BaseFile
+from ..differences import count_kinds
 from ..layers import format_layers
 from ..weights import EDiTWeights, fingerprint
 from .common import Result
@@ -39,6 +40,7 @@ def _weights(path: Path, base_path: str | None) -> Result:
     weights, report = EDiTWeights.load_with_report(path)
     parameters = sum(t.numel() for t in weights.tensors.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in weights.tensors.values()})
+    differences = count_kinds(weights.differences())
     data: dict[str, Any] = {
         "kind": "EDiT weights",
         "backbone": weights.backbone,
@@ -46,6 +48,7 @@ def _weights(path: Path, base_path: str | None) -> Result:
         "dim": weights.dim,
         "parameters": parameters,
         "dtypes": dtypes,
+        "differences": differences,
         "config": json.loads(weights.config.to_json()),
         "training": weights.training,
         "unexpected": list(report.unexpected),
@@ -58,6 +61,11 @@ def _weights(path: Path, base_path: str | None) -> Result:
         data["warning"] = weights.warning(base, file.tensor)
     lines = [f"{path}: EDiT weights for {weights.backbone}, {report}"]
     lines.append(f"{parameters / 1e6:.1f} M parameters in {', '.join(dtypes)}; {weights.dim} channels")
+    if differences:
+        kinds = " and ".join(
+            f"{count} {'in full' if kind == 'full' else f'by {kind}'}" for kind, count in differences.items()
+        )
+        lines.append(f"changes {sum(differences.values())} of the base's linears: {kinds}")
     lines.append(f"config: {weights.config.to_json()}")
     lines.append(f"training: {json.dumps(weights.training) if weights.training else 'none; these are untrained'}")
     if base_path is not None:

@@ -7,166 +7,43 @@ is written to BASE_DIRECTORY/results.json. A check returns figures to show; it f
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import json
 import logging
-import sys
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
-CHECKOUT, BASE, PACK, FILES = (Path(a) for a in sys.argv[1:5])
-sys.path.insert(0, str(CHECKOUT))
-sys.argv = ["inside", "--cpu", "--base-directory", str(BASE), "--disable-all-custom-nodes"]
-import comfy.options
-
-comfy.options.enable_args_parsing()
-from comfy.cli_args import args
-
-args.cpu = True
+from host import (  # first, since it readies ComfyUI to be imported
+    BACKBONES,
+    BASE,
+    CHECKOUT,
+    FILES,
+    PACK,
+    apply,
+    error,
+    load,
+    logged,
+    lora_for,
+    merged,
+    record,
+    run,
+    same,
+    sample,
+    user_error,
+    weights,
+    with_lora,
+)
+import inside_differences
 import torch
 
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
-import comfy.sample
 import comfy.sd
-import comfy.utils
 import folder_paths
 import nodes
-
-BACKBONES = ("pixart_sigma", "sd35_medium")
-CHANNELS = {"pixart_sigma": 4, "sd35_medium": 16}
-
-
-# --- helpers ---------------------------------------------------------------------------------------------------------
-
-
-class Log(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-@contextlib.contextmanager
-def logged():
-    log = Log()
-    logging.getLogger().addHandler(log)
-    try:
-        yield log.lines
-    finally:
-        logging.getLogger().removeHandler(log)
-
-
-def run(node: str, **inputs: Any) -> Any:
-    result = nodes.NODE_CLASS_MAPPINGS[node].execute(**inputs).result
-    return result[0] if result else None
-
-
-def load(backbone: str, dtype: str = "default", edit: str = "none") -> Any:
-    return run(
-        "EDiTLoadModel", model_name=f"diffusion_models/{backbone}.safetensors", weight_dtype=dtype, edit_weights=edit
-    )
-
-
-def weights(backbone: str) -> Any:
-    return run("EDiTLoadWeights", edit_name=f"{backbone}.safetensors")
-
-
-def apply(model: Any, edit_weights: Any, layers="all", start_percent=0.0, end_percent=1.0, min_tokens=0) -> Any:
-    return run(
-        "EDiTApply",
-        model=model,
-        edit_weights=edit_weights,
-        layers=layers,
-        start_percent=start_percent,
-        end_percent=end_percent,
-        min_tokens=min_tokens,
-    )
-
-
-def conditioning(tokens: int, seed: int) -> list:
-    g = torch.Generator().manual_seed(seed)
-    return [[torch.randn(1, tokens, 4096, generator=g), {"pooled_output": torch.randn(1, 2048, generator=g)}]]
-
-
-def sample(
-    model: Any, height=34, width=40, cfg=1.0, steps=2, batch=1, prompt=(7, 7), seed=1, callback=None
-) -> torch.Tensor:
-    channels = model.get_model_object("latent_format").latent_channels
-    latent = torch.zeros(batch, channels, height, width)
-    noise = comfy.sample.prepare_noise(latent, seed)
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            model,
-            noise,
-            steps,
-            cfg,
-            "euler",
-            "normal",
-            conditioning(prompt[0], 2),
-            conditioning(prompt[1], 3),
-            latent,
-            seed=seed,
-            disable_pbar=True,
-            callback=callback,
-        )
-
-
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
-    assert torch.equal(a, b), f"{what}: relative difference {error(a, b):.3g}"
-
-
-def lora_targets(model: Any) -> list[tuple[str, str, slice]]:
-    """A LoRA's names on the attentions in diffusers' terms, with the base key and the rows that each acts on."""
-    state = model.model.state_dict()
-    found = []
-    for name, target in comfy.lora.model_lora_keys_unet(model.model, {}).items():
-        key, *offset = (target,) if isinstance(target, str) else target
-        if name.startswith("transformer.") and "attn" in key and state.get(key, torch.empty(0)).ndim == 2:
-            start, length = offset[0][1:3] if offset and offset[0] else (0, state[key].shape[0])
-            found.append((name, key, slice(start, start + length)))
-    assert found, "no LoRA keys"
-    return found
-
-
-def lora_for(model: Any, scale: float = 0.05) -> dict:
-    sd, g, state = {}, torch.Generator().manual_seed(9), model.model.state_dict()
-    for name, key, rows in lora_targets(model):
-        sd[f"{name}.lora_A.weight"] = torch.randn(4, state[key].shape[1], generator=g) * scale
-        sd[f"{name}.lora_B.weight"] = torch.randn(rows.stop - rows.start, 4, generator=g) * scale
-    return sd
-
-
-def merged(model: Any, sd: dict) -> Any:
-    """The LoRA written into the weights by hand."""
-    state = model.model.state_dict()
-    for name, key, rows in lora_targets(model):
-        state[key][rows] += sd[f"{name}.lora_B.weight"] @ sd[f"{name}.lora_A.weight"]
-    return model
-
-
-def with_lora(model: Any, sd: dict) -> Any:
-    return comfy.sd.load_lora_for_models(model, None, sd, 1.0, 0.0)[0]
-
-
-def user_error(part: str, call, *a: Any, **k: Any) -> str:
-    try:
-        call(*a, **k)
-    except ValueError as e:
-        assert part in str(e), f"expected {part!r} in {e}"
-        return str(e)
-    raise AssertionError(f"no error; expected one with {part!r}")
 
 
 # --- checks: each runs for both backbones -----------------------------------------------------------------------------
@@ -187,21 +64,10 @@ def check_edit_changes_the_output_and_leaves_the_base_bit_equal(b: str) -> Any:
 
 def check_output_equals_diffusers(b: str) -> Any:
     """Runs the model on latents of both shapes; the outer test compares what went in and out with diffusers."""
-    from safetensors.torch import save_file
-
     base = load(b, "fp32")
     for name, model in (("base", base), ("edit", apply(base, weights(b)))):
-        for h, w in ((34, 40), (40, 34)):
-            caught: dict[str, Any] = {}
-
-            def hook(module, hook_args, kwargs, output, caught=caught):
-                caught.update(x=hook_args[0], t=hook_args[1], out=output)
-                caught.update({k: v for k, v in kwargs.items() if k in ("context", "y") and torch.is_tensor(v)})
-
-            handle = model.model.diffusion_model.register_forward_hook(hook, with_kwargs=True)
-            sample(model, h, w, steps=1)
-            handle.remove()
-            save_file({k: v.clone().contiguous() for k, v in caught.items()}, BASE / f"{b}-{name}-{h}x{w}.safetensors")
+        for height, width in ((34, 40), (40, 34)):
+            record(model, f"{b}-{name}", height, width)
     return None
 
 
@@ -583,7 +449,7 @@ def main() -> None:
     folder_paths.add_model_folder_path("diffusion_models", str(FILES))
     asyncio.run(load_nodes())
     results = {}
-    for name, check in list(globals().items()):
+    for name, check in {**globals(), **vars(inside_differences)}.items():
         if not name.startswith("check_"):
             continue
         for b in BACKBONES:
