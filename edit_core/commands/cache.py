@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", help="a folder of images, each with a .txt of the same name")
     source.add_argument("--dataset", help="a Hugging Face dataset: a folder, or a name on the hub to stream from")
-    source.add_argument("--tars", nargs="+", help="webdataset tars of images and .txt files")
+    source.add_argument("--tars", nargs="+", help="webdataset tars of images and .txt files: paths or URLs")
     parser.add_argument("--image-column", default="image", help="with --dataset: the column of images")
     parser.add_argument("--caption-column", default="text", help="with --dataset: the column of captions")
     parser.add_argument("--split", default="train", help="with --dataset: which part of it")

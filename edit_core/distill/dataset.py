@@ -1,4 +1,8 @@
-"""Reads a cache: samples by index straight from the shards, and a plan of batches that needs no state."""
+"""Reads a cache: samples by index straight from the shards, and a plan of batches that needs no state.
+
+The shards may lie behind a URL. Their samples are then read by range requests, not as webdataset's streams: with random
+access a sample follows from its index alone, so that a resumed training goes on exactly.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ import math
 import tarfile
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,18 +26,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import EDiTError
-from ..files import read_json
 from .cache import EMPTY_PROMPT, FORMAT, FORMAT_VERSION
+from .remote import File, exists, locate, open_stream, read
 
 __all__ = ["BatchPlan", "CachedLatents", "collate"]
 
 logger = logging.getLogger(__name__)
 
+_REQUESTS = 16  # shards behind a URL that are looked at at once
+
 
 class _Place(NamedTuple):
     bucket: tuple[int, int]
     key: str
-    shard: Path
+    shard: File
     offset: int
     """Of the tar header."""
     size: int
@@ -45,30 +53,35 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
     (SD3.5).
 
     Args:
-        folder: what `cache` wrote.
+        folder: what `cache` wrote: a path, or a URL that fsspec knows, such as `https://…` or `s3://…`.
         resolution: one of the cache's.
         verify: compare every shard's sha256, which reads them whole.
+        held_out: so many samples are no part of any bucket, and so of no :class:`BatchPlan`: the last ones of the
+            bucket that has most, for an evaluation on what was not trained on.
 
     Raises:
-        EDiTError: not a finished cache, no such resolution, or a shard that is missing or not as it was written;
-            later also by reading a sample.
+        EDiTError: not a finished cache, no such resolution, no bucket with more samples than are held out, or a shard
+            that is missing or not as it was written; later also by reading a sample.
     """
 
-    def __init__(self, folder: str | Path, resolution: int, verify: bool = False) -> None:
-        self.folder, self.resolution = Path(folder), resolution
+    def __init__(self, folder: str | Path, resolution: int, verify: bool = False, held_out: int = 0) -> None:
+        self.folder, self.resolution = locate(folder), resolution
         self.manifest = _manifest(self.folder)
         self.backbone: str = self.manifest["backbone"]
         if resolution not in self.manifest["resolutions"]:
             known = ", ".join(map(str, self.manifest["resolutions"]))
             raise EDiTError(f"{self.folder}: this cache has no resolution {resolution}, but {known}")
         _check_empty_prompt(self.folder, self.manifest["empty_prompt"])
-        places = []
-        for shard in self.manifest["shards"]:
-            if shard["file"].split("/")[0] == str(resolution):
-                places += _places(self.folder, shard, verify)
-        if not places:
+        shards = [s for s in self.manifest["shards"] if s["file"].split("/")[0] == str(resolution)]
+        if not shards:
             raise EDiTError(f"{self.folder}: this cache has no image at {resolution} pixels; all were too small")
-        self._places = sorted(places)
+        find = partial(_places, self.folder, verify=verify)
+        if isinstance(self.folder, Path):
+            found = list(map(find, shards))
+        else:
+            with ThreadPoolExecutor(_REQUESTS) as pool:
+                found = list(pool.map(find, shards))
+        self._places = sorted(chain.from_iterable(found))
         self.buckets: dict[tuple[int, int], range] = {}
         """Height and width in latent cells -> its indices."""
         start = 0
@@ -76,6 +89,18 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
             if end == len(self._places) or self._places[end].bucket != self._places[start].bucket:
                 self.buckets[self._places[start].bucket] = range(start, end)
                 start = end
+        self.held_out = self._hold_out(held_out)
+        """The indices of the samples that are in no bucket; they are read like all others."""
+
+    def _hold_out(self, count: int) -> range:
+        bucket, span = max(self.buckets.items(), key=lambda item: len(item[1]))
+        if not 0 <= count < len(span):
+            raise EDiTError(
+                f"{self.folder}: at {self.resolution} pixels {count} images cannot be held out: the largest bucket, "
+                f"{bucket[0]}x{bucket[1]}, has {len(span)}, and one at least must be left to train on"
+            )
+        self.buckets[bucket] = span[: len(span) - count]
+        return span[len(span) - count :]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -84,10 +109,7 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
         place = self._places[index]
         what = f"{place.shard}: sample {place.key}"
         try:
-            # Opened anew each time: a file that forked DataLoader workers share would have one position for all.
-            with open(place.shard, "rb") as file:
-                file.seek(place.offset)
-                data = file.read(tarfile.BLOCKSIZE + place.size)
+            data = read(place.shard, place.offset, tarfile.BLOCKSIZE + place.size)
         except OSError as error:
             raise EDiTError(f"{what} cannot be read ({error.strerror or error})") from None
         if len(data) < tarfile.BLOCKSIZE + place.size:
@@ -122,9 +144,9 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
         Raises:
             EDiTError: the file is missing or damaged.
         """
-        path = Path(folder) / EMPTY_PROMPT
+        path = locate(folder) / EMPTY_PROMPT
         try:
-            return load(path.read_bytes())
+            return load(read(path))
         except (OSError, SafetensorError) as error:
             raise EDiTError(f"{path}: cannot be read ({error})") from None
 
@@ -135,7 +157,7 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
         Raises:
             EDiTError: not a finished cache.
         """
-        manifest = _manifest(Path(folder))
+        manifest = _manifest(locate(folder))
         images: dict[str, int] = {}
         for shard in manifest["shards"]:
             resolution = shard["file"].split("/")[0]
@@ -160,11 +182,10 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
             EDiTError: the shard is damaged.
         """
         place = self._places[index]
+        start = place.offset + tarfile.BLOCKSIZE * (1 + math.ceil(place.size / tarfile.BLOCKSIZE))
         try:
-            with open(place.shard, "rb") as file:
-                file.seek(place.offset + tarfile.BLOCKSIZE * (1 + math.ceil(place.size / tarfile.BLOCKSIZE)))
-                header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace")
-                return json.loads(file.read(header.size))
+            header = tarfile.TarInfo.frombuf(read(place.shard, start, tarfile.BLOCKSIZE), "utf-8", "replace")
+            return json.loads(read(place.shard, start + tarfile.BLOCKSIZE, header.size))
         except (OSError, ValueError, tarfile.TarError) as error:
             raise EDiTError(f"{place.shard}: the json of sample {place.key} cannot be read ({error})") from None
 
@@ -251,13 +272,16 @@ class BatchPlan:
         return order
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: File) -> dict[str, Any]:
     path = folder / "manifest.json"
-    if not path.exists():
-        if (folder / "settings.json").exists():
-            raise EDiTError(f"{folder}: this cache is not finished; run the same `cache` command again")
-        raise EDiTError(f"{folder}: not a cache, which has a manifest.json")
-    manifest = read_json(path)
+    try:
+        if not exists(path):
+            if exists(folder / "settings.json"):
+                raise EDiTError(f"{folder}: this cache is not finished; run the same `cache` command again")
+            raise EDiTError(f"{folder}: not a cache, which has a manifest.json")
+    except OSError as error:
+        raise EDiTError(f"{path}: cannot be read ({error.strerror or error})") from None
+    manifest = _read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise EDiTError(f"{path}: not a cache's manifest")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -267,35 +291,59 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_empty_prompt(folder: Path, entry: dict[str, Any]) -> None:
+def _read_json(file: File) -> Any:
+    """As :func:`edit_core.files.read_json`, of files behind URLs too."""
+    try:
+        return json.loads(read(file))
+    except FileNotFoundError:
+        raise EDiTError(f"{file}: there is no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise EDiTError(f"{file}: cannot be read ({error})") from None
+
+
+def _check_empty_prompt(folder: File, entry: dict[str, Any]) -> None:
     path = folder / EMPTY_PROMPT
     try:
-        data = path.read_bytes()
+        data = read(path)
     except OSError as error:
         raise EDiTError(f"{path}: cannot be read ({error.strerror or error})") from None
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise EDiTError(f"{path}: its {len(data)} bytes are not the {entry['bytes']} bytes that were written")
 
 
-def _places(folder: Path, shard: dict[str, Any], verify: bool) -> list[_Place]:
+def _places(folder: File, shard: dict[str, Any], verify: bool) -> list[_Place]:
     """Where the samples of a shard lie, once it is known to be as it was written."""
     path = folder / shard["file"]
-    if not path.is_file():
-        raise EDiTError(f"{path}: this shard of {shard['samples']} samples is missing")
-    if (size := path.stat().st_size) != shard["bytes"]:
-        raise EDiTError(f"{path}: this shard has {size} bytes, but it was written with {shard['bytes']}")
-    if verify:
-        with open(path, "rb") as file:
+    try:
+        _check_size(path, shard["bytes"])
+        if verify:
             digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != shard["sha256"]:
-            raise EDiTError(f"{path}: its sha256 is {digest.hexdigest()}, but it was written with {shard['sha256']}")
-    record = read_json(path.with_suffix(".json"))
+            with open_stream(path) as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+            if (found := digest.hexdigest()) != shard["sha256"]:
+                raise EDiTError(f"{path}: its sha256 is {found}, but it was written with {shard['sha256']}")
+    except FileNotFoundError:
+        raise EDiTError(f"{path}: this shard of {shard['samples']} samples is missing") from None
+    except OSError as error:
+        raise EDiTError(f"{path}: this shard cannot be read ({error.strerror or error})") from None
+    name = shard["file"].removesuffix(".tar") + ".json"
+    record = _read_json(folder / name)
     if record["sha256"] != shard["sha256"] or len(record["keys"]) != shard["samples"]:
-        raise EDiTError(f"{path.with_suffix('.json')}: this record of {record['samples']} samples is another shard's")
-    height, width = map(int, path.parent.name.split("x"))
+        raise EDiTError(f"{folder / name}: this record of {record['samples']} samples is another shard's")
+    height, width = map(int, shard["file"].split("/")[1].split("x"))
     return [
         _Place((height, width), key, path, offset, size)
         for key, (offset, size) in zip(record["keys"], record["places"], strict=True)
     ]
+
+
+def _check_size(path: File, size: int) -> None:
+    if isinstance(path, Path):
+        if (found := path.stat().st_size) != size:
+            raise EDiTError(f"{path}: this shard has {found} bytes, but it was written with {size}")
+        return
+    # The one request that tells size and existence, and that the server sends parts of files; HEAD tells less.
+    end = read(path, size - 1, 2)
+    if len(end) != 1:
+        raise EDiTError(f"{path}: this shard has {'more' if end else 'fewer'} than the {size} bytes of its making")

@@ -1,7 +1,8 @@
 """Where images and captions come from: a folder, a Hugging Face dataset, or webdataset tars.
 
 Tars are read with the standard library's tarfile, not with the webdataset library: a cache needs random access to one
-image at a time and errors that name the file, not that library's shuffled streams.
+image at a time (in a local tar), the same order every time and errors that name the file, not that library's shuffled
+streams.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import hashlib
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import EDiTError
+from .remote import File, locate, open_stream, read
 
 __all__ = ["DatasetSource", "FolderSource", "Item", "Source", "TarSource"]
+
+_BLOCK = 1 << 22  # bytes of a remote tar per request
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -89,22 +94,28 @@ class FolderSource:
 class TarSource:
     """Webdataset tars: an image and a `.txt` of the same name, one after the other.
 
+    A tar behind a URL is read once, from its start to its end, and never kept; it may be compressed. Every process that
+    shares the work reads all of them, and so does a run that goes on after another.
+
+    Args:
+        files: paths, or URLs that fsspec knows, such as `https://…` or `s3://…`.
+
     Raises:
-        EDiTError: a file is not there, or none was named.
+        EDiTError: a local file is not there, or none was named; a remote one only says so when it is read.
     """
 
     count = 0
 
     def __init__(self, files: Sequence[str | Path]) -> None:
-        self.files = [Path(file) for file in files]
+        self.files = [locate(file) for file in files]
         if not self.files:
             raise EDiTError("no tar was named")
         for path in self.files:
-            if not path.is_file():
+            if isinstance(path, Path) and not path.is_file():
                 raise EDiTError(f"{path}: there is no such tar")
         if len({path.name for path in self.files}) < len(self.files):
             raise EDiTError("two of the tars have the same file name, and samples are told apart by it; rename one")
-        paths = [str(path.resolve()) for path in self.files]
+        paths = [str(path.resolve() if isinstance(path, Path) else path) for path in self.files]
         digest = hashlib.sha256("\n".join(paths).encode("utf-8", "surrogateescape")).hexdigest()[:8]
         self.name = f"the tar {paths[0]}" if len(paths) == 1 else f"{len(paths)} tars from {paths[0]} on ({digest})"
 
@@ -118,47 +129,49 @@ class TarSource:
             raise EDiTError(f"{self.name}: no image is in there ({', '.join(IMAGE_SUFFIXES)})")
 
     @staticmethod
-    def _items(path: Path) -> Iterator[Item]:
-        key, caption, images = "", "", list[tarfile.TarInfo]()
+    def _items(path: File) -> Iterator[Item]:
+        key, caption, images = "", "", list[tuple[str, Callable[[], bytes]]]()
 
         def group() -> Iterator[Item]:
-            for image in images:
-                yield Item(f"{path.name}/{image.name}", _member_reader(path, image), _clean(caption))
+            for name, image in images:
+                yield Item(f"{path.name}/{name}", image, _clean(caption))
 
         try:
-            # Uncompressed only: a compressed tar would be unpacked from its start for every image.
-            with tarfile.open(path, "r:") as tar:
-                while member := tar.next():
-                    tar.members = []  # type: ignore[attr-defined] # else it keeps every header of a large tar
-                    if not member.isfile():
-                        continue
-                    folder, _, file = member.name.rpartition("/")
-                    stem, _, suffix = file.partition(".")
-                    if (member_key := f"{folder}/{stem}") != key:
-                        yield from group()
-                        key, caption, images = member_key, "", []
-                    if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                        images.append(member)
-                    elif suffix == "txt":
-                        caption = _member_reader(path, member)().decode("utf-8", "replace")
+            for member, data in _members(path):
+                folder, _, file = member.name.rpartition("/")
+                stem, _, suffix = file.partition(".")
+                if (member_key := f"{folder}/{stem}") != key:
+                    yield from group()
+                    key, caption, images = member_key, "", []
+                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                    images.append((member.name, data))
+                elif suffix == "txt":
+                    caption = data().decode("utf-8", "replace")
         except tarfile.TarError as error:
-            raise EDiTError(
-                f"{path}: not a whole, uncompressed tar ({error}); decompress it if need be, else fetch it again"
-            ) from None
+            if isinstance(path, Path):
+                kind, mend = "whole, uncompressed", "decompress it if need be, else fetch it again"
+            else:
+                kind, mend = "whole", "see whether all of it was uploaded"
+            raise EDiTError(f"{path}: not a {kind} tar ({error}); {mend}") from None
         except OSError as error:
             raise EDiTError(f"{path}: cannot be read ({error})") from None
         yield from group()
 
 
-def _member_reader(path: Path, member: tarfile.TarInfo) -> Callable[[], bytes]:
-    offset, size = member.offset_data, member.size
-
-    def read() -> bytes:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-    return read
+def _members(path: File) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+    """The files of a tar, and what reads each of them at any time later."""
+    with open_stream(path) as file:
+        # A local tar uncompressed only: a compressed one would be unpacked from its start for every image.
+        mode = "r:" if isinstance(path, Path) else "r|*"
+        with tarfile.open(fileobj=file, mode=mode, bufsize=_BLOCK) as tar:  # type: ignore[call-overload]
+            while member := tar.next():
+                tar.members = []  # else it keeps every header of a large tar
+                if not member.isfile():
+                    continue
+                if isinstance(path, Path):
+                    yield member, partial(read, path, member.offset_data, member.size)
+                else:  # a stream does not come by again
+                    yield member, partial(bytes, tar.extractfile(member).read())
 
 
 class DatasetSource:
