@@ -38,5 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("edit_core: stopped", file=sys.stderr)
         return 130
-    print(json.dumps(result.data, indent=1) if options.json else result.text)
+    if result is not None:
+        print(json.dumps(result.data, indent=1) if options.json else result.text)
     return 0

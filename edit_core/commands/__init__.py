@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import bench, cache, calibrate, demo, distill, info, init
+from . import bench, cache, calibrate, convert, demo, distill, eval, info, init, plan
 from .common import Result
 
 __all__ = ["COMMANDS", "Result"]
@@ -20,5 +20,8 @@ COMMANDS: dict[str, ModuleType] = {
     "cache": cache,
     "distill": distill,
     "calibrate": calibrate,
+    "eval": eval,
+    "convert": convert,
     "bench": bench,
+    "plan": plan,
 }

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..errors import EDiTError
+from ..files import new_output
 from ..runtime import DTYPES, progress
 from ..weights import EDiTWeights
-from .common import Result, add_config_arguments, config_of, device_of
+from .common import Result, add_config_arguments, add_trainable_arguments, config_of, device_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seeds the pictures and the untrained weights")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the teacher and the computation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    add_trainable_arguments(parser)
     add_config_arguments(parser)
 
 
 def run(options: Any) -> Result:
-    output, prompts = Path(options.output), Path(options.prompts)
-    if output.exists():
-        raise EDiTError(f"{output} exists already; choose another name")
+    output, prompts = new_output(options.output), Path(options.prompts)
     if not prompts.is_file():
         raise EDiTError(f"{prompts}: there is no such file")
     if options.steps < 1 or options.sampler_steps < 1 or options.size < 16 or options.size % 16:
@@ -47,7 +47,7 @@ def run(options: Any) -> Result:
     try:
         from ..distill.calibrate import calibrate
         from ..distill.encoders import PipelineEncoder
-        from ..distill.engine import load_teacher
+        from ..distill.teacher import load_teacher
     except ImportError as error:
         raise EDiTError(f"calibrate needs {error.name}: install edit-attention[distill]") from None
     device, dtype = device_of(options), DTYPES[options.dtype]
@@ -55,7 +55,9 @@ def run(options: Any) -> Result:
     if options.weights:
         weights = EDiTWeights.load(options.weights)
     else:
-        weights = EDiTWeights.init(transformer, config_of(options), options.layers, options.seed)
+        weights = EDiTWeights.init(
+            transformer, config_of(options), options.layers, options.seed, options.trainable, options.rank
+        )
     encoder = PipelineEncoder(options.model, device, dtype)
     conditions, negative = [encoder.encode_prompts([text]) for text in texts], encoder.encode_prompts([""])
     del encoder

@@ -20,6 +20,7 @@ from ..errors import EDiTError
 from ..weights import EDiTWeights
 from .losses import TransferTap
 from .objective import call_arguments, prediction
+from .optimizer import make_optimizer
 
 __all__ = ["calibrate"]
 
@@ -67,8 +68,10 @@ def calibrate(
     losses: list[float] = []
     trainable = [p for p in transformer.parameters() if p.requires_grad]
     with apply_edit(transformer, weights) as handle, _frozen(trainable):
-        handle.sides.float().requires_grad_(True)
-        optimizer = torch.optim.AdamW(handle.sides.parameters(), lr, weight_decay=0.0)
+        for trained in (handle.sides, handle.differences):
+            trained.float().requires_grad_(True)
+        parameters = handle.trainable()
+        optimizer = make_optimizer(parameters, lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         scaler = torch.amp.GradScaler(device.type, enabled=transformer.dtype == torch.float16)
         handle.tap = TransferTap(lambda loss: scaler.scale(loss).backward())
@@ -94,12 +97,12 @@ def calibrate(
             if losses[-1] != losses[-1] or losses[-1] == float("inf"):
                 raise EDiTError(f"the error is not finite at step {step}; try a lower lr")
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(handle.sides.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             on_step(step, losses[-1])
-        tensors = {name: p.detach().cpu().clone() for name, p in handle.sides.state_dict().items()}
+        tensors = {name: p.detach().cpu().clone() for name, p in parameters.items()}
     training = {"recipe": {"calibrate": {"lr": lr, "guidance": guidance}}, "steps": steps, "tool_version": __version__}
     return replace(weights, tensors=tensors, training={**training, "data": f"{len(conditions)} prompts"}), losses
 

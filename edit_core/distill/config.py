@@ -14,14 +14,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..config import EDiTConfig
+from ..differences import Trainable
 from ..errors import EDiTConfigError
 from .objective import Weighting
 
-__all__ = ["DistillStage", "RunConfig", "Stage", "TransferStage", "load_config"]
+__all__ = ["BASE_LR", "DistillStage", "OptimizerKind", "RunConfig", "Stage", "TransferStage", "Watching", "load_config"]
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+OptimizerKind = Literal["adamw", "adamw8bit", "prodigy"]
+BASE_LR = 0.1
+"""Learning rate of differences on the base's linears, relative to the side weights' (ours)."""
 
 
 class Strict(BaseModel):
@@ -76,8 +80,38 @@ class DistillStage(StageBase):
     """Weight of the distance to the teacher's prediction."""
     feature: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the distance to the teacher's attention outputs, relative to their size, mean over attentions."""
+    guidance: tuple[Positive, Positive] | None = None
+    """Lowest and highest guidance scale. The predictions that are compared are then guided ones, as sampling uses them;
+    every picture goes through the model twice, with its caption and with the empty one."""
     gradient_checkpointing: bool = True
     """Computes activations again in the backward pass: slower, far less memory."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DistillStage:
+        if self.guidance and self.guidance[0] > self.guidance[1]:
+            raise ValueError(f"guidance goes from the lowest to the highest scale, not {list(self.guidance)}")
+        return self
+
+
+class Watching(Strict):
+    """How a training is watched. What it looks at is drawn from noise of fixed seeds, so that steps compare."""
+
+    held_out: Annotated[int, Field(ge=0)] = 8
+    """Pictures of each stage's largest bucket that are not trained on, but evaluated and drawn; 0 for none."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 250
+    """Steps between measurements of the distance to the teacher on the held-out pictures; 0 for never."""
+    preview_every: Annotated[int, Field(ge=0)] = 500
+    """Steps between grids of pictures, the teacher's above the student's, of held-out captions; 0 for never."""
+    preview_pictures: Count = 4
+    preview_steps: Count = 20
+    """Of the sampler."""
+    preview_guidance: Positive = 4.5
+
+    @model_validator(mode="after")
+    def _something_to_look_at(self) -> Watching:
+        if not self.held_out and (self.evaluate_every or self.preview_every):
+            raise ValueError("held_out=0 leaves nothing to look at; set evaluate_every and preview_every to 0 as well")
+        return self
 
 
 Stage = Annotated[TransferStage | DistillStage, Field(discriminator="kind")]
@@ -88,29 +122,38 @@ class RunConfig(Strict):
 
     model: Path
     """The teacher: a diffusers pipeline's folder."""
-    cache: Path
-    """What `cache` wrote for it."""
+    cache: str
+    """What `cache` wrote for it: a folder, or the URL of one, whose shards are then read over the network as needed."""
     output: Path
     """Folder for checkpoints, logs and the student; made if need be."""
     student: dict[str, Any] = Field(default_factory=dict)
     """Fields of EDiTConfig that differ from its defaults."""
     layers: str = "all"
     """Blocks to make linear."""
+    trainable: Trainable = "side"
+    """What is trained: the side weights alone; low-rank differences on the base's attention linears as well; or
+    differences on these linears in full. The student's file holds the differences, never the base."""
+    rank: Count = 16
+    """Of low-rank differences."""
+    base_lr: Positive = BASE_LR
+    """Learning rate of the differences, relative to a stage's lr."""
     stages: Annotated[list[Stage], Field(min_length=1)]
     """In this order."""
-    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    optimizer: OptimizerKind = "adamw"
     """adamw8bit needs bitsandbytes, prodigy prodigyopt."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the averaged weights, which are what is published; 0 for none."""
+    """Decay of the averaged weights, which are what is published; 0 for none. It rises to this over the first steps,
+    so that short runs are averaged too."""
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the frozen base and the computation; trained weights are kept in float32."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, or auto."""
+    """cpu, cuda, cuda:1, or auto; under `accelerate launch` each process gets its own."""
     seed: int = 0
     checkpoint_every: Count = 500
     """Steps between checkpoints; one more is written at the end of a stage and when stopped."""
     keep_checkpoints: Count = 3
+    watch: Watching = Watching()
     max_skipped: Count = 20
     """More steps in a row than these whose loss or gradient is not finite stop the run."""
 

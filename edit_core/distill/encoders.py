@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import EDiTModelError
 
-__all__ = ["CELL", "Encoder", "PipelineEncoder"]
+__all__ = ["CELL", "Encoder", "PipelineEncoder", "quiet"]
 
 CELL = 8
 """Pixels per side of a latent cell, for both backbones."""
@@ -80,7 +80,7 @@ class PipelineEncoder:
         except ImportError:
             raise EDiTModelError("this needs diffusers and transformers: install edit-attention[distill]") from None
         try:
-            with _quiet(), warnings.catch_warnings():
+            with quiet(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # older versions know torch_dtype and not dtype
                 self.pipeline: Any = getattr(diffusers, pipeline_class).from_pretrained(
                     self.folder,
@@ -130,7 +130,7 @@ class PipelineEncoder:
         """See :meth:`Encoder.encode_prompts`. T is 300 (PixArt-Σ), or 77 + 256 (SD3.5)."""
         texts = list(prompts)
         settings: dict[str, Any] = {"do_classifier_free_guidance": False, "device": self.device}
-        with _quiet():  # every long caption would be quoted, since CLIP takes 77 tokens of it
+        with quiet():  # every long caption would be quoted, since CLIP takes 77 tokens of it
             if self.backbone == "pixart_sigma":
                 embeds, mask, _, _ = self.pipeline.encode_prompt(texts, **settings)
                 other = {"prompt_mask": mask.bool().cpu()}
@@ -197,7 +197,7 @@ def _listing(folder: Path) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps both libraries to errors, and without their own progress bars."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -9,30 +9,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from .. import __version__
 from ..apply import EDiTHandle, apply_edit
-from ..errors import EDiTError, EDiTModelError
-from ..runtime import DTYPES, progress, usable_device
+from ..errors import EDiTError
+from ..runtime import DTYPES
 from ..weights import EDiTWeights
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import DistillStage, RunConfig, Stage, TransferStage
 from .dataset import BatchPlan, CachedLatents
-from .losses import FeatureTap, TransferTap
+from .journal import Journal
+from .losses import FeatureTap, TransferTap, guided_mse
 from .objective import call_arguments, noise_batch, prediction, task_target
+from .optimizer import make_optimizer, rate
+from .parallel import Processes
+from .teacher import load_teacher
+from .watch import Watcher
 
 __all__ = ["Engine"]
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -47,19 +57,26 @@ class Engine:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.device = _device(config.device)
-        self.data = [CachedLatents(config.cache, stage.resolution) for stage in config.stages]
+        self.processes = Processes(config.device)
+        self.device = self.processes.device
+        held_out = config.watch.held_out
+        self.data = [CachedLatents(config.cache, stage.resolution, held_out=held_out) for stage in config.stages]
         for data, stage in zip(self.data, config.stages, strict=True):
-            BatchPlan(data, stage.batch_size, seed=0)  # a stage that cannot run is known now, not hours later
-        self.transformer = load_teacher(config.model, DTYPES[config.precision], self.device)
-        initial = EDiTWeights.init(self.transformer, config.edit_config(), config.layers, config.seed)
+            self._plan(data, stage, 0)  # a stage that cannot run is known now, not hours later
+        self.transformer = load_teacher(config.model, DTYPES[config.precision], torch.device("cpu"))
+        self.weights = EDiTWeights.init(
+            self.transformer, config.edit_config(), config.layers, config.seed, config.trainable, config.rank
+        )
         cached = self.data[0].backbone
-        if cached != initial.backbone:
-            raise EDiTError(f"{config.cache} was made for {cached}, but the teacher is {initial.backbone}")
-        self.weights = initial
-        self.handle: EDiTHandle = apply_edit(self.transformer, initial)
-        self.handle.sides.float().requires_grad_(True)
-        self.parameters = dict(self.handle.sides.named_parameters())
+        if cached != self.weights.backbone:
+            raise EDiTError(f"{config.cache} was made for {cached}, but the teacher is {self.weights.backbone}")
+        self.handle: EDiTHandle = apply_edit(self.transformer, self.weights)
+        for trained in (self.handle.sides, self.handle.differences):
+            trained.to(self.device, torch.float32).requires_grad_(True)
+        self.parameters = self.handle.trainable()
+        if self.processes.sharded:
+            self.processes.shard(self.transformer, self.parameters.values())
+        self.transformer.to(self.device)
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema else {}
         self.stage_index = 0
         self.step = 0
@@ -73,81 +90,105 @@ class Engine:
         self.optimizer = self._optimizer(config.stages[0])
         self.empty_prompt = CachedLatents.empty_prompt(config.cache)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.watcher = Watcher(config, self.transformer, self.handle, self.weights.backbone, self.empty_prompt)
         config.output.mkdir(parents=True, exist_ok=True)
 
     # --- the loop ---
 
     def run(self) -> Path:
         """Trains to the end, or until told to stop; returns the student's file, or the last checkpoint's folder."""
-        with self._stop_on_signals(), (self.config.output / "metrics.jsonl").open("a", encoding="utf-8") as log:
-            while self.stage_index < len(self.config.stages):
-                stage = self.config.stages[self.stage_index]
-                self._run_stage(stage, log)
-                if self.stopping:
-                    return self.save()
-                self.stage_index, self.step = self.stage_index + 1, 0
-                if self.stage_index < len(self.config.stages):
-                    self.optimizer = self._optimizer(self.config.stages[self.stage_index])
-                self.save()
+        journal = Journal(self.config.output, self.total) if self.processes.first else None
+        try:
+            with self._stop_on_signals():
+                while self.stage_index < len(self.config.stages):
+                    self._run_stage(self.config.stages[self.stage_index], journal)
+                    if self.stopping:
+                        return self.save()
+                    self.stage_index, self.step = self.stage_index + 1, 0
+                    if self.stage_index < len(self.config.stages):
+                        self.optimizer = self._optimizer(self.config.stages[self.stage_index])
+                    self.save()
+        finally:
+            if journal:
+                journal.close()
         return self.export()
 
-    def _run_stage(self, stage: Stage, log: Any) -> None:
+    def _run_stage(self, stage: Stage, journal: Journal | None) -> None:
         data = self.data[self.stage_index]
-        plan = BatchPlan(data, stage.batch_size, seed=self._seed("plan"))
+        plan = self._plan(data, stage, self._seed("plan"))
+        batches = read_ahead(lambda step: data.collate(plan.batch(step)), range(self.step, stage.steps))
+        quiet = None if self.processes.first else True  # None: quiet where stderr is no terminal
         label = f"{stage.kind} {stage.resolution}"
-        for _ in progress(range(self.step, stage.steps), stage.steps - self.step, label):
-            start = time.perf_counter()
-            for group in self.optimizer.param_groups:
-                group["lr"] = stage.lr * rate(stage, self.step)
-            losses = self._train_step(stage, data.collate(plan.batch(self.step)))
-            finite = self._update(stage, losses)
-            self.step, self.total = self.step + 1, self.total + 1
-            record: dict[str, Any] = {
-                "step": self.total,
-                "stage": self.stage_index,
-                "kind": stage.kind,
-                "finite": finite,
-            }
-            record.update({name: float(value) for name, value in losses.items()})
-            record.update(lr=self.optimizer.param_groups[0]["lr"], seconds=time.perf_counter() - start)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            if self.step % self.config.checkpoint_every == 0 and self.step < stage.steps:
-                self.save()
-            if self.stopping:
-                return
+        with tqdm(batches, label, stage.steps, leave=False, initial=self.step, disable=quiet) as bar:
+            for step, batch in bar:
+                start = time.perf_counter()
+                for group in self.optimizer.param_groups:
+                    group["lr"] = stage.lr * group["share"] * rate(stage, step)
+                losses = self._train_step(stage, batch)
+                finite = self._update(stage, losses)
+                self.step, self.total = step + 1, self.total + 1
+                values = {name: float(value) for name, value in losses.items()}
+                seconds = time.perf_counter() - start
+                bar.set_postfix(loss=f"{values['loss']:.4g}", pictures=f"{stage.batch_size / seconds:.2f}/s")
+                if journal:
+                    where = {"step": self.total, "stage": self.stage_index, "kind": stage.kind, "finite": finite}
+                    lr = self.optimizer.param_groups[0]["lr"]
+                    journal.write({**where, **values, "lr": lr, "seconds": seconds, "memory": self._memory()})
+                self._look(stage, data, journal)
+                self.stopping = self.processes.any(self.stopping)
+                if self.stopping:
+                    return
+                if self.step % self.config.checkpoint_every == 0 and self.step < stage.steps:
+                    self.save()
+
+    def _plan(self, data: CachedLatents, stage: Stage, seed: int) -> BatchPlan:
+        world = self.processes.world
+        if stage.batch_size % (world * stage.accumulation):
+            raise EDiTError(
+                f"batch_size={stage.batch_size} is not a multiple of accumulation={stage.accumulation} times "
+                f"{world} processes"
+            )
+        return BatchPlan(data, stage.batch_size, seed, world, self.processes.rank)
 
     def _train_step(self, stage: Stage, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds a step's gradients up; returns its losses, detached."""
+        """Adds a step's gradients up, over this process's part of the batch; returns its losses, detached."""
         self.optimizer.zero_grad(set_to_none=True)
-        size = stage.batch_size // stage.accumulation
+        share = stage.batch_size // self.processes.world
+        size = share // stage.accumulation
         found: list[dict[str, Tensor]] = []
         for i in range(stage.accumulation):
             part = {name: value[i * size : (i + 1) * size] for name, value in batch.items()}
-            with torch.autocast(self.device.type, DTYPES[self.config.precision], self.config.precision != "float32"):
-                found.append(self._micro_step(stage, part, first=i * size))
+            with self._autocast():
+                found.append(self._micro_step(stage, part, first=self.processes.rank * share + i * size))
         return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
 
     def _micro_step(self, stage: Stage, batch: dict[str, Tensor], first: int) -> dict[str, Tensor]:
         backbone = self.weights.backbone
-        dtype = DTYPES[self.config.precision]
-        latent = batch["latent"].to(self.device, dtype)  # (B, c, h, w)
+        latent = batch["latent"].to(self.device, DTYPES[self.config.precision])  # (B, c, h, w)
         generators = [self._generator("noise", self.step, first + i) for i in range(len(latent))]
         condition = self._with_dropout(stage, batch, generators)
         noised = noise_batch(backbone, latent, generators, stage.weighting, stage.shift)
-        arguments = call_arguments(backbone, noised.latent, noised.timestep, condition, self.device)
         share = 1 / stage.accumulation
         if isinstance(stage, TransferStage):
+            arguments = call_arguments(backbone, noised.latent, noised.timestep, condition, self.device)
             tap = TransferTap(lambda loss: self.scaler.scale(loss * share).backward())
             self._call(arguments, tap, grad=False)
             return {"loss": torch.stack(list(tap.losses.values())).mean()}
+        seen, time_, scale = noised.latent, noised.timestep, None
+        if stage.guidance:
+            low, high = stage.guidance
+            draws = torch.cat([torch.rand(1, generator=g) for g in generators])
+            scale = (low + (high - low) * draws).to(self.device).view(-1, 1, 1, 1)
+            condition = {k: torch.cat([v, self.empty_prompt[k].expand_as(v)]) for k, v in condition.items()}
+            seen, time_ = torch.cat([seen, seen]), torch.cat([time_, time_])  # (2B, c, h, w), (2B,)
+        arguments = call_arguments(backbone, seen, time_, condition, self.device)
         features = FeatureTap()
         teacher = prediction(backbone, self._call(arguments, features.teacher, grad=False)).float()
         with self._checkpointing(stage):
             student = prediction(backbone, self._call(arguments, features.student, grad=True)).float()
             losses = {
-                "task": F.mse_loss(student, task_target(backbone, latent, noised).float()),
-                "prediction": F.mse_loss(student, teacher),
+                "task": F.mse_loss(student[: len(latent)], task_target(backbone, latent, noised).float()),
+                "prediction": F.mse_loss(student, teacher) if scale is None else guided_mse(student, teacher, scale),
                 "feature": features.total(),
             }
             loss = stage.task * losses["task"] + stage.prediction * losses["prediction"]
@@ -189,7 +230,9 @@ class Engine:
         }
 
     def _update(self, stage: Stage, losses: dict[str, Tensor]) -> bool:
-        """Takes the optimiser's step unless something is not finite; says whether it did."""
+        """Takes the optimiser's step unless something is not finite; says whether it did. `losses` become all's."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        self.processes.average([*gradients, *losses.values()])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), stage.clip)
         losses["gradient"] = norm.detach()
@@ -197,9 +240,11 @@ class Engine:
         if finite:
             self.skipped_in_a_row = 0
             self.scaler.step(self.optimizer)
+            taken = self.total + 1 - self.skipped
+            decay = min(self.config.ema, (1 + taken) / (10 + taken))
             with torch.no_grad():
                 for name, average in self.ema.items():
-                    average.lerp_(self.parameters[name], 1 - self.config.ema)
+                    average.lerp_(self.parameters[name], 1 - decay)
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             if self.skipped_in_a_row > self.config.max_skipped:
@@ -211,29 +256,94 @@ class Engine:
         self.scaler.update()
         return finite
 
+    # --- looking at it ---
+
+    def _look(self, stage: Stage, data: CachedLatents, journal: Journal | None) -> None:
+        """Measures and draws the student that would be published, when it is time; every process takes part."""
+        watch = self.config.watch
+        where = {"step": self.total, "stage": self.stage_index, "kind": "evaluate"}
+        if watch.evaluate_every and self.total % watch.evaluate_every == 0:
+            size = stage.batch_size // (self.processes.world * stage.accumulation)
+            with self._published(), self._autocast():
+                distance = self.watcher.distance(data, stage, size)
+            if journal:
+                figures = {"attention": distance.mean_attention, "prediction": distance.prediction}
+                journal.write({**where, **figures, **distance.attentions})
+        if watch.preview_every and self.total % watch.preview_every == 0:
+            with self._published(), self._autocast():
+                picture = self.watcher.picture(data)
+            if journal:
+                journal.picture(picture, self.total)
+
+    @contextmanager
+    def _published(self) -> Iterator[None]:
+        """The averaged weights, if there are any, in place of the trained ones."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, average in self.ema.items():
+            parameter = self.parameters[name]
+            parameter.data, self.ema[name] = average, parameter.data
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, DTYPES[self.config.precision], enabled=self.config.precision != "float32"
+        )
+
+    def _memory(self) -> float:
+        """In GB: the most that was held of the device so far, or what the process holds of a CPU's."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        return psutil.Process().memory_info().rss / 1e9
+
     # --- keeping and giving ---
 
     def save(self) -> Path:
-        """Writes a checkpoint of everything that the rest of the run depends on."""
-        optimizer = self.optimizer.state_dict()
-        names = list(self.parameters)
-        tensors: dict[str, Tensor] = {f"side.{name}": p for name, p in self.parameters.items()}
+        """Writes a checkpoint of everything that the rest of the run depends on; returns its folder.
+
+        Raises:
+            EDiTError: it cannot be written; the earlier ones are intact.
+        """
+        folder = self.config.output / "checkpoints"
+        if self.processes.first:
+            try:
+                save_checkpoint(
+                    folder, self.total, self._checkpoint_tensors(), self._state(), self.config.keep_checkpoints
+                )
+            except OSError as error:
+                raise EDiTError(
+                    f"the checkpoint of step {self.total} cannot be written to {folder} ({error.strerror or error}); "
+                    "the earlier ones are intact: make room and go on with --resume latest"
+                ) from None
+        self.processes.wait()
+        return folder / f"{self.total:08d}"
+
+    def _checkpoint_tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {f"weights.{name}": p for name, p in self.parameters.items()}
         tensors.update({f"ema.{name}": t for name, t in self.ema.items()})
-        for index, moments in optimizer["state"].items():
+        names = list(self.parameters)
+        for index, moments in self.optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{names[index]}.{k}": torch.as_tensor(v) for k, v in moments.items()})
-        state = {
+        return tensors
+
+    def _state(self) -> dict[str, Any]:
+        groups = self.optimizer.state_dict()["param_groups"]
+        return {
             "version": __version__,
             "stage": self.stage_index,
             "step": self.step,
             "total": self.total,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "groups": [{k: _plain(v) for k, v in g.items() if k != "params"} for g in optimizer["param_groups"]],
+            "groups": [{k: _plain(v) for k, v in g.items() if k != "params"} for g in groups],
             "scaler": self.scaler.state_dict(),
             "config": json.loads(self.config.model_dump_json()),
+            "weights": self._described().metadata(),
         }
-        folder = self.config.output / "checkpoints"
-        return save_checkpoint(folder, self.total, tensors, state, self.config.keep_checkpoints)
 
     def resume(self) -> bool:
         """Goes on from the newest checkpoint; False where there is none.
@@ -246,7 +356,7 @@ class Engine:
             return False
         tensors, state = load_checkpoint(path)
         now = json.loads(self.config.model_dump_json())
-        for field in ("student", "layers", "optimizer", "ema", "precision"):
+        for field in ("student", "layers", "trainable", "rank", "optimizer", "ema", "precision"):
             if state["config"][field] != now[field]:
                 raise EDiTError(
                     f"{path} was made with another {field} ({state['config'][field]!r}); choose another output folder"
@@ -255,7 +365,7 @@ class Engine:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"side.{name}"])
+                parameter.copy_(tensors[f"weights.{name}"])
                 if name in self.ema:
                     self.ema[name].copy_(tensors[f"ema.{name}"])
         if self.stage_index < len(self.config.stages):
@@ -279,34 +389,31 @@ class Engine:
 
     def export(self) -> Path:
         """Writes the student, averaged if there is an average, as an EDiT weights file."""
-        best = self.ema or self.parameters
-        self.weights.tensors = {name: t.detach().cpu().clone() for name, t in best.items()}
-        self.weights.training = {
-            "recipe": json.loads(self.config.model_dump_json(exclude={"model", "cache", "output"})),
-            "steps": self.total,
-            "data": CachedLatents.describe(self.config.cache),
-            "tool_version": __version__,
-        }
         path = self.config.output / "student.safetensors"
-        self.weights.save(path)
+        if self.processes.first:
+            best = self.ema or self.parameters
+            student = replace(self._described(), tensors={name: t.detach().cpu().clone() for name, t in best.items()})
+            student.save(path)
+        self.processes.wait()
         return path
+
+    def _described(self) -> EDiTWeights:
+        """The weights with what a file says of their training; no paths, since files are published."""
+        return replace(
+            self.weights,
+            training={
+                "recipe": json.loads(self.config.model_dump_json(exclude={"model", "cache", "output"})),
+                "steps": self.total,
+                "data": CachedLatents.describe(self.config.cache),
+                "tool_version": __version__,
+            },
+        )
 
     # --- small parts ---
 
     def _optimizer(self, stage: Stage) -> torch.optim.Optimizer:
-        kind = self.config.optimizer
-        arguments: dict[str, Any] = {"lr": stage.lr, "weight_decay": self.config.weight_decay}
-        try:
-            if kind == "adamw8bit":
-                from bitsandbytes.optim import AdamW8bit as Optimizer
-            elif kind == "prodigy":
-                from prodigyopt import Prodigy as Optimizer
-            else:
-                from torch.optim import AdamW as Optimizer
-        except ImportError:
-            package = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[kind]
-            raise EDiTError(f"optimizer: {kind} needs {package}; install it, or choose adamw") from None
-        return Optimizer(list(self.parameters.values()), **arguments)
+        config = self.config
+        return make_optimizer(self.parameters, stage.lr, config.base_lr, config.optimizer, config.weight_decay)
 
     def _seed(self, *parts: Any) -> int:
         text = json.dumps([self.config.seed, self.stage_index, *parts])
@@ -335,39 +442,14 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def rate(stage: Stage, step: int) -> float:
-    """Share of the highest learning rate at a step."""
-    if step < stage.warmup:
-        return (step + 1) / stage.warmup
-    if stage.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - stage.warmup) / max(1, stage.steps - stage.warmup)))
-
-
-def load_teacher(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The transformer of a diffusers pipeline's folder.
-
-    Raises:
-        EDiTModelError: there is none, or not one that EDiT works on.
-    """
-    from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
-
-    config = folder / "transformer" / "config.json"
-    if not config.is_file():
-        raise EDiTModelError(f"{folder}: there is no transformer/config.json; give a diffusers pipeline's folder")
-    classes = {c.__name__: c for c in (PixArtTransformer2DModel, SD3Transformer2DModel)}
-    name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    if name not in classes:
-        raise EDiTModelError(f"{folder} holds a {name}; EDiT works on {' and '.join(classes)}")
-    try:
-        loaded: Any = classes[name]
-        model = loaded.from_pretrained(config.parent, torch_dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise EDiTModelError(f"{config.parent} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return usable_device(name)
+def read_ahead(read: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
+    """Yields each step with what `read` gives for it; the next is read while the last is in use."""
+    if not steps:
+        return
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read, steps[0])
+        for step in steps:
+            found = coming.result()
+            if step + 1 in steps:
+                coming = reader.submit(read, step + 1)
+            yield step, found

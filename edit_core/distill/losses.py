@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FeatureTap", "TransferTap", "dense_tap", "relative_error"]
+__all__ = ["FeatureTap", "TransferTap", "dense_tap", "guided_mse", "relative_error"]
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -20,6 +20,21 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher = student.float().flatten(1), teacher.float().flatten(1)  # (B, ...)
     scale = teacher.square().mean(1).clamp(min=1e-12)  # (B,)
     return ((student - teacher).square().mean(1) / scale).mean()
+
+
+def guided_mse(student: Tensor, teacher: Tensor, scale: Tensor) -> Tensor:
+    """Mean squared error of guided predictions, `u + s·(c - u)`, over the size that independent errors would give it.
+
+    The division, by `s² + (1-s)²`, keeps the loss the size of a plain one's whatever the scale (ours).
+
+    Args:
+        student: `(2B, c, h, w)`, with captions first, then with the empty prompt.
+        teacher: likewise.
+        scale: guidance scales, `(B, 1, 1, 1)`.
+    """
+    caption, empty = (student - teacher).chunk(2)  # (B, c, h, w)
+    error = scale * caption + (1 - scale) * empty  # (B, c, h, w)
+    return (error.square() / (scale**2 + (1 - scale) ** 2)).mean()
 
 
 def _rows(output: Any) -> tuple[Tensor | None, ...]:

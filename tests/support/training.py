@@ -70,12 +70,14 @@ def config(prepared: dict[str, Path], output: Path, *stages: dict[str, Any], **f
     common = {"resolution": RESOLUTION, "batch_size": 4, "steps": 6}
     return RunConfig.model_validate(
         {
-            **prepared,
+            "model": prepared["model"],
+            "cache": str(prepared["cache"]),
             "output": output,
             "precision": "float32",
             "device": "cpu",
             "ema": 0.9,
             "checkpoint_every": 3,
+            "watch": {"held_out": 0, "evaluate_every": 0, "preview_every": 0},
             "stages": [{**common, **stage} for stage in stages],
             **fields,
         }

@@ -1,0 +1,98 @@
+"""What a training will hold in memory, worked out from the headers of the teacher's files before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..basefile import BaseFile
+from ..layers import parse_layers
+from ..runtime import DTYPES
+from ..weights import build_sides
+from .config import RunConfig, Stage, TransferStage
+
+__all__ = ["Estimate", "estimate"]
+
+# Bytes that autograd keeps per image token and channel, in bfloat16 at 1024 tokens with a whole prompt, counted by
+# `saved_tensors_hooks` on layers of real dimensions: of one attention's graph, and of one block's.
+_GRAPH = {"pixart_sigma": (24, 41), "sd35_medium": (44, 74)}
+_WORKING = 24  # of what a block holds while it runs without a graph: MLP, projections, the teacher's attention
+_STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # bytes of optimiser state per trained weight
+_PATCH = 16  # pixels per side of a token
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes per process at the peak of a stage's step."""
+
+    stage: str
+    base: int
+    """The teacher's weights."""
+    trained: int
+    """Trained weights with gradients, average and optimiser state."""
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.trained + self.activations
+
+    def __str__(self) -> str:
+        parts = (self.total, self.base, self.trained, self.activations)
+        total, base, trained, activations = (f"{part / 1e9:.1f}" for part in parts)
+        return f"{self.stage}: {total} GB = base {base} + trained {trained} + activations {activations}"
+
+
+def estimate(config: RunConfig, world: int = 1, sharded: bool = False) -> list[Estimate]:
+    """One estimate per stage (ours; kernels' workspaces and the allocator's slack come on top, a few tenths).
+
+    Args:
+        config: the training's.
+        world: processes that share it.
+        sharded: whether they split the base (FSDP).
+
+    Raises:
+        EDiTModelError: the teacher's files cannot be read, or are of no model that EDiT knows.
+    """
+    file = BaseFile(config.model)
+    base = file.identify()
+    element = DTYPES[config.precision].itemsize
+    weights = sum(math.prod(shape) for shape in file.shapes.values()) * element // (world if sharded else 1)
+    blocks = parse_layers(config.layers, base.depth)
+    sites = {block: base.sites[block] for block in blocks}
+    side = build_sides(base.dim, sites, config.edit_config(), device=torch.device("meta"))
+    count = sum(p.numel() for p in side.parameters())
+    if config.trainable != "side":
+        linears = sum(len(base.linears(block)) for block in blocks)
+        per_linear = 2 * base.dim * config.rank if config.trainable == "low_rank" else base.dim * (base.dim + 1)
+        count += linears * per_linear
+    trained = count * (4 + 4 + (4 if config.ema else 0) + _STATES[config.optimizer])
+    attentions = sum(len(names) for names in sites.values())
+    return [
+        Estimate(
+            f"{stage.kind} at {stage.resolution}, {_micro_batch(stage, world)} pictures at a time",
+            weights,
+            trained,
+            _activations(stage, world, base.backbone.name, base.depth, attentions) * base.dim * element // 2,
+        )
+        for stage in config.stages
+    ]
+
+
+def _activations(stage: Stage, world: int, backbone: str, depth: int, attentions: int) -> int:
+    """Bytes per channel."""
+    tokens = _micro_batch(stage, world) * (stage.resolution // _PATCH) ** 2
+    attention, block = _GRAPH[backbone]
+    if isinstance(stage, TransferStage):
+        return tokens * (attention + _WORKING)
+    if stage.guidance:
+        tokens *= 2
+    kept = 2 * attentions  # the teacher's attention outputs
+    if stage.gradient_checkpointing:
+        return tokens * (kept + 2 * depth + block + _WORKING)
+    return tokens * (kept + block * depth + _WORKING)
+
+
+def _micro_batch(stage: Stage, world: int) -> int:
+    return max(1, stage.batch_size // (world * stage.accumulation))

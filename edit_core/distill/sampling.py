@@ -1,0 +1,172 @@
+"""Draws pictures with a transformer in memory: for evaluations, and for what a training shows of its student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import EDiTModelError
+from .encoders import CELL, quiet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Sampler", "grid"]
+
+_GAP = 4  # pixels between the pictures of a grid
+
+
+class Sampler:
+    """Draws pictures through the backbone's own diffusers pipeline, from embeddings, so no text encoder is needed.
+
+    Nothing is fetched, and nothing is unpickled.
+
+    Args:
+        folder: a PixArt-Σ or SD3.5 pipeline's folder, of which the scheduler and the VAE (in float32) are loaded.
+        transformer: a `PixArtTransformer2DModel` or `SD3Transformer2DModel`, which is used as it is at each call: with
+            EDiT applied it draws the student's pictures, with the handle's tap at `dense_tap` the teacher's.
+
+    Raises:
+        EDiTModelError: the scheduler or the VAE is missing or cannot be loaded.
+    """
+
+    def __init__(self, folder: Path, transformer: Any) -> None:
+        with quiet():  # importing pipelines, transformers names every optional library that is not there
+            from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel, StableDiffusion3Pipeline
+
+        self.transformer = transformer
+        self.scheduler = _scheduler(folder)
+        self.vae = _vae(folder).to(transformer.device)
+        self._pixart = isinstance(transformer, PixArtTransformer2DModel)
+        if self._pixart:
+            pipeline: Any = PixArtSigmaPipeline(None, None, self.vae, transformer, self.scheduler)
+        else:
+            pipeline = StableDiffusion3Pipeline(
+                transformer, self.scheduler, self.vae, None, None, None, None, None, None
+            )
+        if pipeline.vae_scale_factor != CELL:
+            raise EDiTModelError(
+                f"{folder}: its VAE makes one cell of {pipeline.vae_scale_factor} pixels, not of {CELL}"
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = pipeline
+
+    def draw(
+        self,
+        condition: Mapping[str, Tensor],
+        negative: Mapping[str, Tensor],
+        seeds: Sequence[int],
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+    ) -> Tensor:
+        """Samples one latent per seed. Works under `torch.autocast`.
+
+        A seed's noise is drawn in float32 on the CPU by a generator of its own, so it depends on neither the device,
+        the dtype nor the other pictures of the batch.
+
+        Args:
+            condition: of B prompts, as samples of a cache are batched: `prompt_embeds (B, T, C)`, and
+                `prompt_mask (B, T)` (PixArt-Σ) or `pooled (B, P)` (SD3.5).
+            negative: the same for the negative prompts; one, `(1, ...)`, may serve them all.
+            seeds: B of them.
+            height: in latent cells, a multiple of 2.
+            width: in latent cells, a multiple of 2.
+            steps: of the sampling.
+            guidance: scale of classifier-free guidance; up to 1 there is none, and the negative prompt is not used.
+
+        Returns:
+            latents `(B, c, height, width)`, float32, on the transformer's device.
+        """
+        device, dtype = self.transformer.device, self.transformer.dtype
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = (self.transformer.config.in_channels, height, width)
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, c, h, w)
+        arguments: dict[str, Any] = {
+            "prompt_embeds": condition["prompt_embeds"].to(device, dtype),
+            "negative_prompt_embeds": self._spread(negative["prompt_embeds"], len(seeds)).to(device, dtype),
+        }
+        if self._pixart:
+            arguments["prompt_attention_mask"] = condition["prompt_mask"].to(device)
+            arguments["negative_prompt_attention_mask"] = self._spread(negative["prompt_mask"], len(seeds)).to(device)
+            # Its default is a text, which may not come with embeddings; binning would change the size.
+            arguments.update(negative_prompt=None, use_resolution_binning=False)
+        else:
+            arguments["pooled_prompt_embeds"] = condition["pooled"].to(device, dtype)
+            arguments["negative_pooled_prompt_embeds"] = self._spread(negative["pooled"], len(seeds)).to(device, dtype)
+        latents: Tensor = self.pipeline(
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=height * CELL,
+            width=width * CELL,
+            latents=noise.to(dtype),
+            generator=generators,  # schedulers that add noise on the way go on with the picture's own
+            output_type="latent",
+            **arguments,
+        ).images
+        return latents.float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents `(B, c, h, w)` to pictures `(B, 8h, 8w, 3)`, uint8 on the CPU; in float32 even under autocast."""
+        config = self.vae.config
+        pictures = []
+        with torch.autocast(self.vae.device.type, enabled=False):
+            for latent in latents.to(self.vae.device, torch.float32).split(1):  # one by one: a VAE takes much memory
+                image = self.vae.decode(latent / config.scaling_factor + (config.shift_factor or 0.0)).sample
+                pictures.append(((image / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu())
+        return torch.cat(pictures)
+
+    @staticmethod
+    def _spread(value: Tensor, count: int) -> Tensor:
+        return value.expand(count, *value.shape[1:])
+
+
+def grid(rows: Sequence[Tensor]) -> Image:
+    """Pictures in rows on white, as for a teacher above its student.
+
+    Args:
+        rows: each `(B, H, W, 3)` uint8; H and W the same in all.
+    """
+    from PIL import Image
+
+    height, width = rows[0].shape[1] + _GAP, rows[0].shape[2] + _GAP
+    sheet = Image.new("RGB", (max(map(len, rows)) * width - _GAP, len(rows) * height - _GAP), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(Image.fromarray(picture.contiguous().numpy()), (x * width, y * height))
+    return sheet
+
+
+def _scheduler(folder: Path) -> Any:
+    import diffusers
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        name = json.loads(path.read_text("utf-8"))["_class_name"]
+        return getattr(diffusers, name).from_pretrained(path.parent, local_files_only=True)
+    except FileNotFoundError:
+        raise EDiTModelError(f"{path}: there is no such file; a pipeline's folder has one") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EDiTModelError(f"{path}: no scheduler of diffusers' can be made of it ({error})") from None
+
+
+def _vae(folder: Path) -> Any:
+    from diffusers import AutoencoderKL
+
+    path = folder / "vae"
+    if not (path / "config.json").is_file():
+        raise EDiTModelError(f"{path / 'config.json'}: there is no such file; a pipeline's folder has one")
+    loaded: Any = AutoencoderKL
+    try:
+        vae = loaded.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    except Exception as error:  # diffusers raises every kind there is for a damaged folder
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EDiTModelError(f"{path}: this VAE cannot be loaded ({reason})") from None
+    return vae.eval().requires_grad_(False)

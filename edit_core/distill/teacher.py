@@ -1,0 +1,36 @@
+"""Loads the model that is distilled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import EDiTModelError
+
+__all__ = ["load_teacher"]
+
+
+def load_teacher(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The transformer of a diffusers pipeline's folder.
+
+    Raises:
+        EDiTModelError: there is none, or not one that EDiT works on.
+    """
+    from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+
+    config = folder / "transformer" / "config.json"
+    if not config.is_file():
+        raise EDiTModelError(f"{folder}: there is no transformer/config.json; give a diffusers pipeline's folder")
+    classes = {c.__name__: c for c in (PixArtTransformer2DModel, SD3Transformer2DModel)}
+    name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    if name not in classes:
+        raise EDiTModelError(f"{folder} holds a {name}; EDiT works on {' and '.join(classes)}")
+    try:
+        loaded: Any = classes[name]
+        model = loaded.from_pretrained(config.parent, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise EDiTModelError(f"{config.parent} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval().requires_grad_(False)

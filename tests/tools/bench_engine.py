@@ -1,0 +1,166 @@
+"""What the engine costs, at the real models' width: writes docs/bench_training.json and the tables of docs/training.md.
+
+Random weights and random latents: neither time nor memory depends on them. Overhead is the time of an engine's step
+over that of the same forwards and the backward called by hand, in alternation; memory is the highest that a process
+of its own held while it took two steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from edit_core.bench import device_name
+from edit_core.distill.cache import build_cache
+from edit_core.distill.config import RunConfig
+from edit_core.distill.engine import Engine
+from edit_core.distill.losses import FeatureTap
+from edit_core.distill.memory import estimate
+from edit_core.distill.objective import call_arguments, noise_batch, prediction
+from edit_core.distill.sources import FolderSource
+from edit_core.models import PROMPT_TOKENS, random_transformer
+
+WIDTHS = {"pixart_sigma": (4, 4096), "sd35_medium": (16, 4096)}
+
+
+class RandomEncoder:
+    """Latents and embeddings of real shapes from noise."""
+
+    dtype = torch.bfloat16
+    fingerprint = "random"
+
+    def __init__(self, backbone: str) -> None:
+        self.backbone = backbone
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
+        return torch.randn(len(pixels), WIDTHS[self.backbone][0], height // 8, width // 8)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokens, width = PROMPT_TOKENS[self.backbone], WIDTHS[self.backbone][1]
+        found = {"prompt_embeds": torch.randn(len(prompts), tokens, width, dtype=self.dtype)}
+        if self.backbone == "pixart_sigma":
+            return found | {"prompt_mask": torch.ones(len(prompts), tokens, dtype=torch.bool)}
+        return found | {"pooled": torch.randn(len(prompts), 2048, dtype=self.dtype)}
+
+
+def prepare(backbone: str, folder: Path, resolution: int, blocks: int | None) -> None:
+    random_transformer(backbone, blocks, torch.bfloat16, resolution).save_pretrained(folder / "model" / "transformer")
+    (folder / "images").mkdir()
+    for i in range(2):
+        Image.fromarray(np.full((resolution, resolution, 3), i, np.uint8)).save(folder / "images" / f"{i}.png")
+        (folder / "images" / f"{i}.txt").write_text("noise")
+    build_cache(FolderSource(folder / "images"), RandomEncoder(backbone), folder / "cache", [resolution])
+
+
+def config(folder: Path, kind: str, resolution: int, steps: int = 2) -> RunConfig:
+    stage: dict[str, Any] = {"kind": kind, "resolution": resolution, "steps": steps, "batch_size": 1}
+    return RunConfig.model_validate(
+        {
+            "model": folder / "model", "cache": str(folder / "cache"), "output": folder / kind, "stages": [stage],
+            "watch": {"held_out": 0, "evaluate_every": 0, "preview_every": 0}, "checkpoint_every": 1000,
+        }
+    )  # fmt: skip
+
+
+def overhead(folder: Path, resolution: int, repeats: int) -> dict[str, float]:
+    """Median seconds of an engine's step of `distill`, and of its two forwards and one backward by hand."""
+    engine = Engine(config(folder, "distill", resolution, steps=10**6))
+    stage = engine.config.stages[0].model_copy(update={"gradient_checkpointing": False})
+    data, backbone = engine.data[0], engine.weights.backbone
+    plan, times = engine._plan(data, stage, 0), {"engine": [], "by hand": []}
+    for i in range(repeats + 1):  # the first pair warms up
+        start = time.perf_counter()
+        losses = engine._train_step(stage, data.collate(plan.batch(i)))
+        engine._update(stage, losses)
+        times["engine"].append(time.perf_counter() - start)
+
+        batch = data.collate(plan.batch(i))
+        latent = batch.pop("latent").to(torch.bfloat16)
+        noised = noise_batch(backbone, latent, [torch.Generator().manual_seed(i)])
+        arguments = call_arguments(backbone, noised.latent, noised.timestep, batch, engine.device)
+        engine.optimizer.zero_grad(set_to_none=True)
+        features = FeatureTap()
+        start = time.perf_counter()
+        with engine._autocast():
+            teacher = prediction(backbone, engine._call(arguments, features.teacher, grad=False)).float()
+            engine.handle.tap = None
+            student = prediction(backbone, engine.transformer(**arguments)[0]).float()
+            (student - teacher).square().mean().backward()
+        times["by hand"].append(time.perf_counter() - start)
+    found = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+    pairs = zip(times["engine"][1:], times["by hand"][1:], strict=True)
+    return found | {"overhead": statistics.median(a / b for a, b in pairs) - 1}
+
+
+def memory(folder: Path, kind: str, resolution: int) -> dict[str, float]:
+    """The most that a process held over two steps, in GB, beside the estimate, and the second step's seconds."""
+    code = (
+        "import sys, resource; sys.path[:0] = [sys.argv[1]]\n"
+        "from edit_core.distill.config import load_config; from edit_core.distill.engine import Engine\n"
+        "Engine(load_config(sys.argv[2])).run(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    run = config(folder, kind, resolution)
+    file = folder / f"{kind}.yaml"
+    file.write_text(run.model_dump_json())
+    empty = "import torch, diffusers.models, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    peak, bare = (
+        int(
+            subprocess.run([sys.executable, "-c", *args], check=True, capture_output=True, text=True).stdout.split()[-1]
+        )
+        for args in ((code, str(ROOT), str(file)), (empty,))
+    )
+    records = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "peak_gb": (peak - bare) * 1024 / 1e9,
+        "estimate_gb": estimate(run)[0].total / 1e9,
+        "seconds": records[-1]["seconds"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=None, help="for a quick look; the real number by default")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--backbone", choices=[*WIDTHS], action="append")
+    parser.add_argument("--save", type=Path, default=ROOT / "docs" / "bench_training.json")
+    options = parser.parse_args()
+    found: dict[str, Any] = json.loads(options.save.read_text()) if options.save.exists() else {}
+    for backbone in options.backbone or WIDTHS:
+        with tempfile.TemporaryDirectory(dir=ROOT / "out") as temporary:
+            folder = Path(temporary)
+            prepare(backbone, folder, options.resolution, options.blocks)
+            result: dict[str, Any] = {
+                "device": device_name(torch.device("cpu")), "torch": torch.__version__, "dtype": "bfloat16",
+                "resolution": options.resolution, "blocks": options.blocks or "all", "batch": 1,
+                "ram_gb": psutil.virtual_memory().total / 1e9,
+            }  # fmt: skip
+            for kind in ("transfer", "distill"):
+                result[kind] = memory(folder, kind, options.resolution)
+                print(backbone, kind, result[kind], flush=True)
+            result["overhead"] = overhead(folder, options.resolution, options.repeats)
+            print(backbone, result["overhead"], flush=True)
+        found[backbone] = result
+        options.save.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
