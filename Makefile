@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench bench-training kills clean
 
 demo: $(READY)
 	$(BIN)/python -m edit_core demo
 	$(BIN)/python tests/demo_comfyui.py
 
 test: lint types
-	$(BIN)/python -m pytest -c tests/pytest.ini tests
+	$(BIN)/python -m pytest -c tests/pytest.ini -n auto --maxprocesses 4 --dist loadfile tests
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -30,6 +30,15 @@ bench: $(READY)
 	mkdir -p docs
 	$(BIN)/python -m edit_core bench --dtype bfloat16 --sizes 1024 --save docs/bench_cpu.json
 	$(BIN)/python tests/tools/fill_readme.py
+
+# What a training costs, at the real models' width, for docs/training.md: half an hour and 16 GB on two cores.
+bench-training: $(READY)
+	$(BIN)/python tests/tools/bench_engine.py
+	$(BIN)/python tests/tools/fill_readme.py
+
+# Twenty kills of a training at random moments; `make test` has four.
+kills: $(READY)
+	EDIT_TEST_KILLS=20 $(BIN)/python -m pytest -c tests/pytest.ini tests/test_distill.py -k random_moments
 
 clean:
 	rm -rf $(VENV) out

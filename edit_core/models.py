@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .backbones import BACKBONES
 from .errors import EDiTModelError
 
-__all__ = ["PROMPT_TOKENS", "random_inputs", "random_transformer"]
+__all__ = ["PROMPT_TOKENS", "empty_transformer", "random_inputs", "random_transformer"]
 
 PROMPT_TOKENS = {"pixart_sigma": 300, "sd35_medium": 77 + 256}
 """Text tokens of a real prompt: T5's 300; CLIP's 77 and T5's 256."""
@@ -34,6 +34,19 @@ def random_transformer(
 
     Raises:
         EDiTModelError: diffusers is not installed, or a bad number of blocks.
+    """
+    model = empty_transformer(backbone, blocks, side)
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: _random(name, parameter, dtype, generator) for name, parameter in model.named_parameters()}
+    model.load_state_dict(state, strict=False, assign=True)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def empty_transformer(backbone: str, blocks: int | None = None, side: int = 1024) -> Any:
+    """:func:`random_transformer` without its weights, which are on the `meta` device; buffers are there.
+
+    Raises:
+        EDiTModelError: as there.
     """
     try:
         from accelerate import init_empty_weights
@@ -64,10 +77,7 @@ def random_transformer(
                 dual_attention_layers=tuple(range(round(blocks * 13 / 24))),
                 qk_norm="rms_norm",
             )
-    generator = torch.Generator().manual_seed(seed)
-    state = {name: _random(name, parameter, dtype, generator) for name, parameter in model.named_parameters()}
-    model.load_state_dict(state, strict=False, assign=True)
-    return model.to(dtype).eval().requires_grad_(False)
+    return model
 
 
 def _random(name: str, like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(max(1, (os.cpu_count() or 2)))
+# The models are small, and processes run side by side: more threads would only wait for one another.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 settings.register_profile("edit", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("edit")
 
@@ -26,11 +28,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Per backbone, a trained teacher and its cache; made on first use."""
     from support import training  # here, since it needs the extra `distill`, which most tests do not
 
-    made: dict[str, dict[str, Path]] = {}
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def get(backbone: str) -> dict[str, Path]:
-        if backbone not in made:
-            made[backbone] = training.prepare(backbone, tmp_path_factory.mktemp(backbone))
-        return made[backbone]
+        folder = shared / f"prepared-{backbone}"
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "done").exists():
+                training.prepare(backbone, folder)
+                (folder / "done").touch()
+        return {"model": folder / "model", "cache": folder / "cache"}
 
     return get

@@ -23,8 +23,11 @@ def tool(name: str) -> Any:
     return module
 
 
-def test_the_speed_table_is_that_of_the_measurements() -> None:
-    assert tool("fill_readme").filled(README) == README
+def test_tables_are_those_of_the_measurements() -> None:
+    fill = tool("fill_readme")
+    assert fill.filled(README) == README
+    guide = (comfy.PACK / "docs" / "training.md").read_text(encoding="utf-8")
+    assert fill.filled_training(guide) == guide
 
 
 def test_every_node_and_command_is_named() -> None:

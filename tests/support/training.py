@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from edit_core.distill.sources import FolderSource
 from . import pipelines
 
 RESOLUTION = 128
+PROMPT_TOKENS = 96  # CLIP's 77, and what there is of T5's
 CLASSES = {"pixart_sigma": PixArtTransformer2DModel, "sd35_medium": SD3Transformer2DModel}
 
 
@@ -41,10 +43,17 @@ def draw_images(folder: Path, count: int = 16) -> Path:
     return folder
 
 
+class ShortPrompts(PipelineEncoder):
+    """Keeps the beginning of the embeddings: over 300 tokens of padding would take most of a small model's time."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {name: value[:, :PROMPT_TOKENS] for name, value in super().encode_prompts(prompts).items()}
+
+
 def prepare(backbone: str, folder: Path, teacher_steps: int = 250) -> dict[str, Path]:
     """A pipeline whose transformer was trained on the cache for a while, and the cache."""
     model = pipelines.build(backbone, folder / "model")
-    encoder = PipelineEncoder(model, torch.device("cpu"), torch.float32)
+    encoder = ShortPrompts(model, torch.device("cpu"), torch.float32)
     build_cache(FolderSource(draw_images(folder / "images")), encoder, folder / "cache", [RESOLUTION], bucket_step=32)
     torch.manual_seed(2)
     transformer: Any = CLASSES[backbone].from_config(CLASSES[backbone].load_config(model / "transformer"))

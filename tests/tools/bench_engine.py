@@ -29,13 +29,14 @@ sys.path.insert(0, str(ROOT))
 
 from edit_core.bench import device_name
 from edit_core.distill.cache import build_cache
-from edit_core.distill.config import RunConfig
+from edit_core.distill.config import RunConfig, load_config
 from edit_core.distill.engine import Engine
 from edit_core.distill.losses import FeatureTap
 from edit_core.distill.memory import estimate
 from edit_core.distill.objective import call_arguments, noise_batch, prediction
 from edit_core.distill.sources import FolderSource
-from edit_core.models import PROMPT_TOKENS, random_transformer
+from edit_core.models import PROMPT_TOKENS, empty_transformer, random_transformer
+from edit_core.runtime import DTYPES
 
 WIDTHS = {"pixart_sigma": (4, 4096), "sd35_medium": (16, 4096)}
 
@@ -61,8 +62,8 @@ class RandomEncoder:
         return found | {"pooled": torch.randn(len(prompts), 2048, dtype=self.dtype)}
 
 
-def prepare(backbone: str, folder: Path, resolution: int, blocks: int | None) -> None:
-    random_transformer(backbone, blocks, torch.bfloat16, resolution).save_pretrained(folder / "model" / "transformer")
+def prepare(backbone: str, folder: Path, resolution: int, blocks: int | None, dtype: torch.dtype) -> None:
+    random_transformer(backbone, blocks, dtype, resolution).save_pretrained(folder / "model" / "transformer")
     (folder / "images").mkdir()
     for i in range(2):
         Image.fromarray(np.full((resolution, resolution, 3), i, np.uint8)).save(folder / "images" / f"{i}.png")
@@ -70,19 +71,20 @@ def prepare(backbone: str, folder: Path, resolution: int, blocks: int | None) ->
     build_cache(FolderSource(folder / "images"), RandomEncoder(backbone), folder / "cache", [resolution])
 
 
-def config(folder: Path, kind: str, resolution: int, steps: int = 2) -> RunConfig:
+def config(folder: Path, kind: str, resolution: int, precision: str, steps: int = 2) -> RunConfig:
     stage: dict[str, Any] = {"kind": kind, "resolution": resolution, "steps": steps, "batch_size": 1}
     return RunConfig.model_validate(
         {
+            "precision": precision,
             "model": folder / "model", "cache": str(folder / "cache"), "output": folder / kind, "stages": [stage],
             "watch": {"held_out": 0, "evaluate_every": 0, "preview_every": 0}, "checkpoint_every": 1000,
         }
     )  # fmt: skip
 
 
-def overhead(folder: Path, resolution: int, repeats: int) -> dict[str, float]:
+def overhead(folder: Path, resolution: int, precision: str, repeats: int) -> dict[str, float]:
     """Median seconds of an engine's step of `distill`, and of its two forwards and one backward by hand."""
-    engine = Engine(config(folder, "distill", resolution, steps=10**6))
+    engine = Engine(config(folder, "distill", resolution, precision, steps=10**6))
     stage = engine.config.stages[0].model_copy(update={"gradient_checkpointing": False})
     data, backbone = engine.data[0], engine.weights.backbone
     plan, times = engine._plan(data, stage, 0), {"engine": [], "by hand": []}
@@ -93,7 +95,7 @@ def overhead(folder: Path, resolution: int, repeats: int) -> dict[str, float]:
         times["engine"].append(time.perf_counter() - start)
 
         batch = data.collate(plan.batch(i))
-        latent = batch.pop("latent").to(torch.bfloat16)
+        latent = batch.pop("latent").to(DTYPES[precision])
         noised = noise_batch(backbone, latent, [torch.Generator().manual_seed(i)])
         arguments = call_arguments(backbone, noised.latent, noised.timestep, batch, engine.device)
         engine.optimizer.zero_grad(set_to_none=True)
@@ -110,14 +112,14 @@ def overhead(folder: Path, resolution: int, repeats: int) -> dict[str, float]:
     return found | {"overhead": statistics.median(a / b for a, b in pairs) - 1}
 
 
-def memory(folder: Path, kind: str, resolution: int) -> dict[str, float]:
+def memory(folder: Path, kind: str, resolution: int, precision: str) -> dict[str, float]:
     """The most that a process held over two steps, in GB, beside the estimate, and the second step's seconds."""
     code = (
         "import sys, resource; sys.path[:0] = [sys.argv[1]]\n"
         "from edit_core.distill.config import load_config; from edit_core.distill.engine import Engine\n"
         "Engine(load_config(sys.argv[2])).run(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
-    run = config(folder, kind, resolution)
+    run = config(folder, kind, resolution, precision)
     file = folder / f"{kind}.yaml"
     file.write_text(run.model_dump_json())
     empty = "import torch, diffusers.models, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
@@ -135,28 +137,54 @@ def memory(folder: Path, kind: str, resolution: int) -> dict[str, float]:
     }
 
 
+def estimates(folder: Path) -> dict[str, list[str]]:
+    """What the shipped configurations will take per process, by the headers of files of the real models' shapes."""
+    found = {}
+    for backbone in WIDTHS:
+        header, end = {}, 0
+        for name, tensor in empty_transformer(backbone).state_dict().items():
+            size = 2 * tensor.numel()
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header).encode()
+        path = folder / backbone / "transformer" / "diffusion_pytorch_model.safetensors"
+        path.parent.mkdir(parents=True)
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)  # a hole: nothing is read of it
+        for size, world in (("24gb", 1), ("8gpu", 8)):
+            run = load_config(f"{backbone}_{size}", [f"model={folder / backbone}"])
+            sharded = size == "8gpu" and backbone == "sd35_medium"
+            found[f"{backbone}_{size}"] = [str(e) for e in estimate(run, world, sharded)]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=None, help="for a quick look; the real number by default")
+    parser.add_argument("--precision", choices=DTYPES, default="float32", help="not every CPU computes bfloat16 well")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--backbone", choices=[*WIDTHS], action="append")
     parser.add_argument("--save", type=Path, default=ROOT / "docs" / "bench_training.json")
     options = parser.parse_args()
     found: dict[str, Any] = json.loads(options.save.read_text()) if options.save.exists() else {}
+    (ROOT / "out").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "out") as temporary:
+        found["estimates"] = estimates(Path(temporary))
     for backbone in options.backbone or WIDTHS:
         with tempfile.TemporaryDirectory(dir=ROOT / "out") as temporary:
             folder = Path(temporary)
-            prepare(backbone, folder, options.resolution, options.blocks)
+            prepare(backbone, folder, options.resolution, options.blocks, DTYPES[options.precision])
             result: dict[str, Any] = {
-                "device": device_name(torch.device("cpu")), "torch": torch.__version__, "dtype": "bfloat16",
+                "device": device_name(torch.device("cpu")), "torch": torch.__version__, "dtype": options.precision,
                 "resolution": options.resolution, "blocks": options.blocks or "all", "batch": 1,
                 "ram_gb": psutil.virtual_memory().total / 1e9,
             }  # fmt: skip
             for kind in ("transfer", "distill"):
-                result[kind] = memory(folder, kind, options.resolution)
+                result[kind] = memory(folder, kind, options.resolution, options.precision)
                 print(backbone, kind, result[kind], flush=True)
-            result["overhead"] = overhead(folder, options.resolution, options.repeats)
+            result["overhead"] = overhead(folder, options.resolution, options.precision, options.repeats)
             print(backbone, result["overhead"], flush=True)
         found[backbone] = result
         options.save.write_text(json.dumps(found, indent=1) + "\n")
