@@ -242,9 +242,10 @@ class Engine:
             self.scaler.step(self.optimizer)
             taken = self.total + 1 - self.skipped
             decay = min(self.config.ema, (1 + taken) / (10 + taken))
-            with torch.no_grad():
-                for name, average in self.ema.items():
-                    average.lerp_(self.parameters[name], 1 - decay)
+            if self.ema:
+                with torch.no_grad():
+                    trained: list[Tensor] = [self.parameters[name] for name in self.ema]
+                    torch._foreach_lerp_(list(self.ema.values()), trained, 1 - decay)
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             if self.skipped_in_a_row > self.config.max_skipped:

@@ -27,37 +27,40 @@ from edit_core.distill.cache import build_cache
 from edit_core.distill.encoders import PipelineEncoder
 from edit_core.distill.sources import FolderSource
 
+from . import comfy
 from .models import pixart, randomise, sd35
 
 T5_WIDTH = 64
 WORDS = "a photograph of a red fox in the snow an old oil painting of two ships at sea portrait with a green hat"
 
 
-def build(backbone: str, folder: Path, seed: int = 0) -> Path:
+def build(backbone: str, folder: Path, seed: int = 0, for_comfyui: bool = False) -> Path:
     """Saves a pipeline that `DiffusionPipeline.from_pretrained(folder, local_files_only=True)` loads and that draws.
 
     `pixart_sigma`: VAE of 4 channels, T5. `sd35_medium`: VAE of 16 channels with a shift, two CLIPs and a T5. The
-    VAEs make one latent cell of 8x8 pixels; the text encoders are 16, 32 and 64 wide.
+    VAEs make one latent cell of 8x8 pixels; the text encoders are 16, 32 and 64 wide. With `for_comfyui` the
+    transformer is one that ComfyUI recognises too, and the text encoders give embeddings as wide as the real ones.
     """
     torch.manual_seed(seed)
+    t5_width, projection = (4096, 1024) if for_comfyui else (T5_WIDTH, 16)
     if backbone == "pixart_sigma":
         pipeline: Any = PixArtSigmaPipeline(
             tokenizer=t5_tokenizer(),
-            text_encoder=t5(),
+            text_encoder=t5(t5_width),
             vae=vae(4, scaling_factor=0.13025),
-            transformer=pixart(seed, caption=T5_WIDTH),
+            transformer=comfy.base_model(backbone) if for_comfyui else pixart(seed, caption=T5_WIDTH),
             scheduler=DPMSolverMultistepScheduler(),
         )
     else:
         pipeline = StableDiffusion3Pipeline(
-            transformer=sd35(seed, context=T5_WIDTH, pooled=32),
+            transformer=comfy.base_model(backbone) if for_comfyui else sd35(seed, context=T5_WIDTH, pooled=32),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
-            text_encoder=clip(16, "quick_gelu"),
+            text_encoder=clip(16, "quick_gelu", projection),
             tokenizer=clip_tokenizer(),
-            text_encoder_2=clip(32, "gelu"),
+            text_encoder_2=clip(32, "gelu", projection),
             tokenizer_2=clip_tokenizer(),
-            text_encoder_3=t5(),
+            text_encoder_3=t5(t5_width),
             tokenizer_3=t5_tokenizer(),
         )
     pipeline.save_pretrained(folder)
@@ -78,19 +81,19 @@ def vae(channels: int, **kwargs: Any) -> Any:
     return model.eval()
 
 
-def t5() -> Any:
+def t5(width: int = T5_WIDTH) -> Any:
     config = T5Config(
-        vocab_size=len(t5_tokenizer()), d_model=T5_WIDTH, d_kv=16, d_ff=96, num_layers=2, num_heads=4,
+        vocab_size=len(t5_tokenizer()), d_model=width, d_kv=16, d_ff=96, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     return T5EncoderModel(config).eval()
 
 
-def clip(width: int, activation: str) -> Any:
+def clip(width: int, activation: str, projection: int = 16) -> Any:
     tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
-        num_attention_heads=2, projection_dim=16, hidden_act=activation, bos_token_id=tokenizer.bos_token_id,
+        num_attention_heads=2, projection_dim=projection, hidden_act=activation, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return CLIPTextModelWithProjection(config).eval()

@@ -83,19 +83,26 @@ def write_stand_ins(base: Path) -> Path:
     for name in ("vae", "text_encoders"):
         (folder / name).mkdir()
     save_file(random_clip_l(), folder / "text_encoders" / "random_clip_l.safetensors")
-    for backbone, channels in (("pixart_sigma", 4), ("sd35_medium", 16)):
-        for node in read_api(f"{backbone}_edit").values():
-            inputs = node["inputs"]
-            if node["class_type"] == "EDiTLoadModel":
-                os.link(folder / "diffusion_models" / f"{backbone}.safetensors", folder / inputs["model_name"])
-            elif node["class_type"] == "EDiTLoadWeights":
-                os.link(folder / "edit" / f"{backbone}.safetensors", folder / "edit" / inputs["edit_name"])
-            elif node["class_type"] == "VAELoader":
-                save_file(random_vae(channels), folder / "vae" / inputs["vae_name"])
-            elif node["class_type"] in TEXT_LOADERS:
-                for key in inputs.keys() & {"clip_name", "clip_name1", "clip_name2", "clip_name3"}:
-                    (folder / "text_encoders" / inputs[key]).touch()
+    for backbone in models.BACKBONES:
+        bases, edits = folder / "diffusion_models", folder / "edit"
+        name_files(folder, backbone, bases / f"{backbone}.safetensors", edits / f"{backbone}.safetensors")
     return folder
+
+
+def name_files(folder: Path, backbone: str, model: Path, weights: Path) -> None:
+    """Gives a model, EDiT weights, a random VAE and empty text encoders the names that a workflow asks for."""
+    for node in read_api(f"{backbone}_edit").values():
+        inputs = node["inputs"]
+        if node["class_type"] == "EDiTLoadModel":
+            os.link(model, folder / inputs["model_name"])
+        elif node["class_type"] == "EDiTLoadWeights":
+            os.link(weights, folder / "edit" / inputs["edit_name"])
+        elif node["class_type"] == "VAELoader":
+            channels = {"pixart_sigma": 4, "sd35_medium": 16}[backbone]
+            save_file(random_vae(channels), folder / "vae" / inputs["vae_name"])
+        elif node["class_type"] in TEXT_LOADERS:
+            for key in inputs.keys() & {"clip_name", "clip_name1", "clip_name2", "clip_name3"}:
+                (folder / "text_encoders" / inputs[key]).touch()
 
 
 def small(prompt: Prompt, seed: int) -> Prompt:
@@ -118,9 +125,15 @@ def small(prompt: Prompt, seed: int) -> Prompt:
     return prompt
 
 
-def draw(server: Server, name: str, seed: int = 1) -> dict[str, np.ndarray[Any, Any]]:
-    """The pictures of a workflow, newly sampled, by the file name prefix that they were saved under."""
+def draw(server: Server, name: str, seed: int = 1, edit_name: str | None = None) -> dict[str, np.ndarray[Any, Any]]:
+    """The pictures of a workflow, newly sampled, by the file name prefix that they were saved under.
+
+    `edit_name` are other EDiT weights than the workflow asks for.
+    """
     prompt = small(read_api(name), seed)
+    for node in prompt.values():
+        if edit_name and node["class_type"] == "EDiTLoadWeights":
+            node["inputs"]["edit_name"] = edit_name
     result = server.run(prompt)
     assert not result.cached & {key for key, node in prompt.items() if node["class_type"] == "KSampler"}
     return {node["inputs"]["filename_prefix"]: picture(server, result, key) for key, node in saves(prompt).items()}

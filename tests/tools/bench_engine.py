@@ -1,7 +1,7 @@
 """What the engine costs, at the real models' width: writes docs/bench_training.json and the tables of docs/training.md.
 
 Random weights and random latents: neither time nor memory depends on them. Overhead is the time of an engine's step
-over that of the same forwards and the backward called by hand, in alternation; memory is the highest that a process
+over that of the same forwards, losses and backward called by hand, in alternation; memory is the highest that a process
 of its own held while it took two steps.
 """
 
@@ -23,6 +23,7 @@ import psutil
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -89,12 +90,12 @@ def overhead(folder: Path, resolution: int, precision: str, repeats: int) -> dic
     data, backbone = engine.data[0], engine.weights.backbone
     plan, times = engine._plan(data, stage, 0), {"engine": [], "by hand": []}
     for i in range(repeats + 1):  # the first pair warms up
+        batch = data.collate(plan.batch(i))  # a training reads it ahead
         start = time.perf_counter()
-        losses = engine._train_step(stage, data.collate(plan.batch(i)))
+        losses = engine._train_step(stage, batch)
         engine._update(stage, losses)
         times["engine"].append(time.perf_counter() - start)
 
-        batch = data.collate(plan.batch(i))
         latent = batch.pop("latent").to(DTYPES[precision])
         noised = noise_batch(backbone, latent, [torch.Generator().manual_seed(i)])
         arguments = call_arguments(backbone, noised.latent, noised.timestep, batch, engine.device)
@@ -103,9 +104,8 @@ def overhead(folder: Path, resolution: int, precision: str, repeats: int) -> dic
         start = time.perf_counter()
         with engine._autocast():
             teacher = prediction(backbone, engine._call(arguments, features.teacher, grad=False)).float()
-            engine.handle.tap = None
-            student = prediction(backbone, engine.transformer(**arguments)[0]).float()
-            (student - teacher).square().mean().backward()
+            student = prediction(backbone, engine._call(arguments, features.student, grad=True)).float()
+            (mse_loss(student, noised.noise) + mse_loss(student, teacher) + 0.5 * features.total()).backward()
         times["by hand"].append(time.perf_counter() - start)
     found = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
     pairs = zip(times["engine"][1:], times["by hand"][1:], strict=True)

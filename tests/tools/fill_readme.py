@@ -43,7 +43,7 @@ def filled_training(guide: str) -> str:
     lines += [
         "",
         "Measured by `make bench-training`, real widths, random weights, batch 1; overhead is an engine's step against "
-        "the same two forwards and the backward by hand:",
+        "the same two forwards, losses and backward by hand:",
         "",
         "| model | blocks | picture | dtype | transfer: s per step, peak GB (estimate) | distill, checkpointed: s per "
         "step, peak GB (estimate) | engine's overhead |",
