@@ -430,33 +430,26 @@ def test_a_training_is_watched_on_pictures_that_it_does_not_see(backbone: str, p
     watch = {"held_out": 3, "evaluate_every": 1, "preview_every": 2, "preview_pictures": 2, "preview_steps": 2}
     stages = ({**TRANSFER, "steps": 2}, {**DISTILL, "steps": 2, "guidance": [1.0, 4.0]})
     engine = Engine(training.config(prepared(backbone), tmp_path / "run", *stages, watch=watch))
-    seen: set[str] = set()
     data = engine.data[0]
-    read = data.__getitem__
-    for resolution in engine.data:
-        resolution.collate = lambda indices: (
-            seen.update(map(data.key, indices)) or torch.utils.data.default_collate([read(i) for i in indices])
-        )
-    trained: list[set[str]] = []
+    held_out, trained = [data[i]["latent"] for i in data.held_out], []
     step = engine._train_step
 
-    def noted(*args: Any) -> Any:
-        trained.append(set(seen))
-        return step(*args)
+    def noted(stage: Any, batch: dict[str, torch.Tensor]) -> Any:
+        trained.extend(batch["latent"])
+        return step(stage, batch)
 
     engine._train_step = noted  # type: ignore[method-assign]
     before = {n: p.detach().clone() for n, p in engine.parameters.items()}
     engine._look(engine.config.stages[0], data, None)  # step 0
     assert all(torch.equal(p, before[n]) for n, p in engine.parameters.items())
-    seen.clear()
     engine.run()
     records = [r for r in training.metrics(tmp_path / "run") if r["kind"] == "evaluate"]
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert records[1]["attention"] < records[0]["attention"]
-    assert {"prediction", *(f"{b}.{s}" for b, sites in engine.weights.sites.items() for s in sites)} <= records[
-        0
-    ].keys()
-    assert not {data.key(i) for i in data.held_out} & trained[1], "a held-out picture was trained on"
+    keys = {f"{block}.{site}" for block, sites in engine.weights.sites.items() for site in sites}
+    assert {"prediction", *keys} <= records[0].keys()
+    assert len(trained) == 4 * 4
+    assert not any(torch.equal(one, other) for one in trained for other in held_out), "trained on what is held out"
     for name in ("00000002.png", "00000004.png"):
         with Image.open(tmp_path / "run" / "pictures" / name) as picture:
             assert picture.size[0] > picture.size[1] / 2 * 1.5  # two columns of two rows

@@ -39,14 +39,21 @@ def save_checkpoint(
         write_file(part / STATE, json.dumps(dict(state), indent=1).encode())
         target = folder / f"{step:08d}"
         if target.exists():  # a run that was resumed from further back passes here again
-            shutil.rmtree(target)
+            _remove(target)
         os.rename(part, target)
         sync_folder(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     for old in _finished(folder)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return target
+
+
+def _remove(path: Path) -> None:
+    """Takes a checkpoint away by one rename first, so that a kill leaves no half of it under its name."""
+    dead = path.with_name(f".part-{secrets.token_hex(4)}")
+    os.rename(path, dead)
+    shutil.rmtree(dead)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

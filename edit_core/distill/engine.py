@@ -57,6 +57,10 @@ class Engine:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        try:
+            config.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EDiTError(f"{config.output} cannot be made ({error.strerror or error})") from None
         self.processes = Processes(config.device)
         self.device = self.processes.device
         held_out = config.watch.held_out
@@ -91,27 +95,40 @@ class Engine:
         self.empty_prompt = CachedLatents.empty_prompt(config.cache)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.watcher = Watcher(config, self.transformer, self.handle, self.weights.backbone, self.empty_prompt)
-        config.output.mkdir(parents=True, exist_ok=True)
 
     # --- the loop ---
 
     def run(self) -> Path:
-        """Trains to the end, or until told to stop; returns the student's file, or the last checkpoint's folder."""
-        journal = Journal(self.config.output, self.total) if self.processes.first else None
+        """Trains to the end, or until told to stop; returns the student's file, or the last checkpoint's folder.
+
+        Raises:
+            EDiTError: too many steps in a row were not finite, or the output cannot be written; the checkpoints so far
+                are intact.
+        """
         try:
-            with self._stop_on_signals():
-                while self.stage_index < len(self.config.stages):
-                    self._run_stage(self.config.stages[self.stage_index], journal)
-                    if self.stopping:
-                        return self.save()
-                    self.stage_index, self.step = self.stage_index + 1, 0
-                    if self.stage_index < len(self.config.stages):
-                        self.optimizer = self._optimizer(self.config.stages[self.stage_index])
-                    self.save()
-        finally:
-            if journal:
-                journal.close()
-        return self.export()
+            journal = Journal(self.config.output, self.total) if self.processes.first else None
+            try:
+                with self._stop_on_signals():
+                    self._run_stages(journal)
+            finally:
+                if journal:
+                    journal.close()
+            return self.save() if self.stopping else self.export()
+        except OSError as error:
+            raise EDiTError(
+                f"{self.config.output} cannot be written to at step {self.total} ({error.strerror or error}); the "
+                "checkpoints so far are intact: make room and go on with --resume latest"
+            ) from None
+
+    def _run_stages(self, journal: Journal | None) -> None:
+        while self.stage_index < len(self.config.stages):
+            self._run_stage(self.config.stages[self.stage_index], journal)
+            if self.stopping:
+                return
+            self.stage_index, self.step = self.stage_index + 1, 0
+            if self.stage_index < len(self.config.stages):
+                self.optimizer = self._optimizer(self.config.stages[self.stage_index])
+            self.save()
 
     def _run_stage(self, stage: Stage, journal: Journal | None) -> None:
         data = self.data[self.stage_index]
@@ -304,22 +321,10 @@ class Engine:
     # --- keeping and giving ---
 
     def save(self) -> Path:
-        """Writes a checkpoint of everything that the rest of the run depends on; returns its folder.
-
-        Raises:
-            EDiTError: it cannot be written; the earlier ones are intact.
-        """
+        """Writes a checkpoint of everything that the rest of the run depends on; returns its folder."""
         folder = self.config.output / "checkpoints"
         if self.processes.first:
-            try:
-                save_checkpoint(
-                    folder, self.total, self._checkpoint_tensors(), self._state(), self.config.keep_checkpoints
-                )
-            except OSError as error:
-                raise EDiTError(
-                    f"the checkpoint of step {self.total} cannot be written to {folder} ({error.strerror or error}); "
-                    "the earlier ones are intact: make room and go on with --resume latest"
-                ) from None
+            save_checkpoint(folder, self.total, self._checkpoint_tensors(), self._state(), self.config.keep_checkpoints)
         self.processes.wait()
         return folder / f"{self.total:08d}"
 

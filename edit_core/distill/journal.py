@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from ..files import write_file
 
@@ -16,40 +20,62 @@ __all__ = ["Journal"]
 class Journal:
     """Appends to `metrics.jsonl`, `tensorboard/` and `pictures/` in a training's folder.
 
+    Tensorboard's own SummaryWriter writes from a thread of its own, where a full disk would go unnoticed; here each
+    record is written when it is given.
+
     Args:
         folder: the training's.
         total: how many steps are done; records of later ones, which a killed run left, are taken out.
+
+    Raises:
+        OSError: here and later, the disk is full, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, total: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # here, since it takes a second to import
-
         self.folder = folder
         path = folder / "metrics.jsonl"
         if path.exists():
             _keep_until(path, total)
         self._lines = path.open("a", encoding="utf-8")
-        self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=total + 1)
+        board = folder / "tensorboard"
+        board.mkdir(exist_ok=True)
+        self._events = (board / f"events.out.tfevents.{time.time_ns():020d}").open("wb")
+        self._board = RecordWriter(self._events)
+        self._event(file_version="brain.Event:2")
+        self._event(step=total + 1, session_log=SessionLog(status=SessionLog.START))  # what came after is void
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a record; it has `step`, `stage` and `kind`, and what is a float in it becomes a curve."""
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
-        for name, value in record.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        curves = [
+            Summary.Value(tag=f"{record['kind']}/{name}", simple_value=value)
+            for name, value in record.items()
+            if isinstance(value, float)
+        ]
+        self._event(step=record["step"], summary=Summary(value=curves))
 
     def picture(self, image: Any, step: int) -> Path:
         """Keeps a PIL image of a step; returns where."""
+        file = io.BytesIO()
+        image.save(file, "PNG")
         path = self.folder / "pictures" / f"{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        image.save(path)
-        self._board.add_image("teacher above student", np.asarray(image), step, dataformats="HWC")
+        write_file(path, file.getvalue())
+        drawn = Summary.Image(
+            height=image.height, width=image.width, colorspace=3, encoded_image_string=file.getvalue()
+        )
+        value = Summary.Value(tag="teacher above student", image=drawn)
+        self._event(step=step, summary=Summary(value=[value]))
         return path
 
     def close(self) -> None:
         self._lines.close()
-        self._board.close()
+        self._events.close()
+
+    def _event(self, **content: Any) -> None:
+        self._board.write(Event(wall_time=time.time(), **content).SerializeToString())
+        self._events.flush()
 
 
 def _keep_until(path: Path, total: int) -> None:

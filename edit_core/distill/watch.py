@@ -25,6 +25,9 @@ class Watcher:
         handle: the student.
         backbone: `pixart_sigma` or `sd35_medium`.
         empty_prompt: a sample's tensors of the empty prompt.
+
+    Raises:
+        EDiTModelError: pictures are wanted, and the teacher's folder has no VAE or scheduler that can be loaded.
     """
 
     def __init__(
@@ -32,7 +35,8 @@ class Watcher:
     ) -> None:
         self.config, self.transformer, self.handle = config, transformer, handle
         self.backbone, self.empty_prompt = backbone, empty_prompt
-        self._sampler: Sampler | None = None
+        # Now, so that a VAE that is missing is known before the first step.
+        self._sampler = Sampler(config.model, transformer) if config.watch.preview_every else None
         self._teachers: dict[int, Tensor] = {}
 
     def distance(self, data: CachedLatents, stage: Stage, batch: int) -> Distance:
@@ -44,17 +48,21 @@ class Watcher:
         )
 
     def picture(self, data: CachedLatents) -> Any:
-        """A PIL image: held-out captions, the teacher's pictures above the student's of the same noise."""
+        """A PIL image: held-out captions, the teacher's pictures above the student's of the same noise.
+
+        Raises:
+            ValueError: the configuration asks for no pictures.
+        """
         watch = self.config.watch
-        if self._sampler is None:  # it loads the VAE
-            self._sampler = Sampler(self.config.model, self.transformer)
         samples = data.collate(data.held_out[: watch.preview_pictures])
         if data.resolution not in self._teachers:  # they do not change
-            self._teachers[data.resolution] = self._draw(self._sampler, samples, dense_tap)
-        return grid([self._teachers[data.resolution], self._draw(self._sampler, samples, None)])
+            self._teachers[data.resolution] = self._draw(samples, dense_tap)
+        return grid([self._teachers[data.resolution], self._draw(samples, None)])
 
-    def _draw(self, sampler: Sampler, samples: dict[str, Tensor], tap: Any) -> Tensor:
-        watch = self.config.watch
+    def _draw(self, samples: dict[str, Tensor], tap: Any) -> Tensor:
+        watch, sampler = self.config.watch, self._sampler
+        if sampler is None:
+            raise ValueError("preview_every=0 says that nothing is to be drawn")
         height, width = samples["latent"].shape[-2:]
         condition = {name: value for name, value in samples.items() if name != "latent"}
         negative = {name: self.empty_prompt[name].expand_as(value) for name, value in condition.items()}
