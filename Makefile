@@ -36,7 +36,7 @@ bench-training: $(READY)
 	$(BIN)/python tests/tools/bench_engine.py
 	$(BIN)/python tests/tools/fill_readme.py
 
-# Twenty kills of a training at random moments; `make test` has four.
+# Twenty kills of a training of each backbone at random moments; `make test` has two.
 kills: $(READY)
 	EDIT_TEST_KILLS=20 $(BIN)/python -m pytest -c tests/pytest.ini tests/test_distill.py -k random_moments
 

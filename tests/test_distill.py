@@ -115,16 +115,17 @@ def write_yaml(config: RunConfig, path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("backbone", models.BACKBONES)
 def test_kills_at_random_moments_lose_nothing_but_steps_since_the_last_checkpoint(
-    prepared: Any, tmp_path: Path
+    backbone: str, prepared: Any, tmp_path: Path
 ) -> None:
     stages = ({**TRANSFER, "steps": 12}, {**DISTILL, "steps": 12})
-    straight = Engine(training.config(prepared("pixart_sigma"), tmp_path / "straight", *stages)).run()
-    config = training.config(prepared("pixart_sigma"), tmp_path / "killed", *stages, checkpoint_every=1)
+    straight = Engine(training.config(prepared(backbone), tmp_path / "straight", *stages)).run()
+    config = training.config(prepared(backbone), tmp_path / "killed", *stages, checkpoint_every=1)
     file = write_yaml(config, tmp_path / "run.yaml")
     command = [sys.executable, "-m", "edit_core", "distill", "--config", str(file), "--resume", "latest", "--json"]
     rng, kills = random.Random(0), 0
-    limit = int(os.environ.get("EDIT_TEST_KILLS", "4"))
+    limit = int(os.environ.get("EDIT_TEST_KILLS", "2"))
     while True:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if kills < limit:
@@ -480,7 +481,9 @@ def test_short_runs_are_averaged_over_their_last_steps(prepared: Any, tmp_path: 
 
 
 def test_the_estimate_of_memory_needs_no_loading(prepared: Any, tmp_path: Path, capsys: Any) -> None:
-    config = training.config(prepared("sd35_medium"), tmp_path, TRANSFER, DISTILL, trainable="full", ema=0.0)
+    config = training.config(
+        prepared("sd35_medium"), tmp_path, TRANSFER, {"kind": "distill"}, trainable="full", ema=0.0
+    )
     assert main(["distill", "--config", str(write_yaml(config, tmp_path / "a.yaml")), "--estimate", "--json"]) == 0
     transfer, distill = json.loads(capsys.readouterr().out)
     transformer = load_teacher(config.model, torch.float32, torch.device("cpu"))

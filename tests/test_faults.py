@@ -174,6 +174,31 @@ def test_a_record_that_was_cut_off_is_written_anew(
     check_curves(tmp_path / "run", straight("pixart_sigma"))
 
 
+@pytest.mark.parametrize("at", [3, 10], ids=["in a run that stops", "in a run that is through"])
+def test_a_signal_while_a_checkpoint_is_written_loses_nothing(
+    at: int, prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = command(prepared("pixart_sigma"), tmp_path / "run", tmp_path / "run.yaml", checkpoint_every=1000)
+    update = Engine._update
+
+    def stopping(engine: Engine, *arguments: Any) -> bool:
+        if engine.total + 1 == at == 3:
+            signal.raise_signal(signal.SIGINT)
+        return update(engine, *arguments)
+
+    def impatient(folder: Path, step: int, *arguments: Any) -> Path:
+        if step == at:
+            signal.raise_signal(signal.SIGINT)
+        return save_checkpoint(folder, step, *arguments)
+
+    monkeypatch.setattr(Engine, "_update", stopping)
+    monkeypatch.setattr("edit_core.distill.engine.save_checkpoint", impatient)
+    assert main(words) == 0
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None and int(newest.name) == at
+    assert (tmp_path / "run" / "student.safetensors").exists() is (at == 10)
+
+
 # --- full disks -------------------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,6 @@ def run(options: Any) -> Result | None:
     if not engine.processes.first:
         return None
     data = {"file": str(path), "steps": engine.total, "skipped": engine.skipped, "resumed": resumed}
-    if engine.stopping:
+    if path.is_dir():  # a checkpoint's
         return Result(f"stopped after {engine.total} steps; {path} goes on with --resume latest", data)
     return Result(f"{path}: a student after {engine.total} steps ({engine.skipped} skipped)", data)

@@ -110,10 +110,12 @@ class Engine:
             try:
                 with self._stop_on_signals():
                     self._run_stages(journal)
+                    if self.stage_index < len(self.config.stages):
+                        return self.save()  # in here, so that a second signal does not end it
             finally:
                 if journal:
                     journal.close()
-            return self.save() if self.stopping else self.export()
+            return self.export()
         except OSError as error:
             raise EDiTError(
                 f"{self.config.output} cannot be written to at step {self.total} ({error.strerror or error}); the "
