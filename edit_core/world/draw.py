@@ -1,0 +1,69 @@
+"""Draws the world's captions with a teacher or a student, and shows the pictures in a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distill.encoders import CELL
+from ..distill.objective import call_arguments, prediction
+from .codec import CHANNELS, decode
+from .teachers import scheduler
+from .text import WorldText
+
+__all__ = ["draw"]
+
+
+@torch.no_grad()
+def draw(
+    backbone: str,
+    transformer: Any,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    width: int = 256,
+    height: int = 256,
+    steps: int = 16,
+    guidance: float = 3.0,
+    batch: int = 16,
+) -> Tensor:
+    """Samples one picture per caption.
+
+    Args:
+        backbone: `pixart_sigma` or `sd35_medium`.
+        transformer: of diffusers, as it is at the moment.
+        captions: B of them.
+        seeds: one per picture, of its noise alone, which depends on neither the device nor the batch.
+        width: in pixels, a multiple of 16.
+        height: likewise.
+        steps: of the sampler.
+        guidance: scale of classifier-free guidance; up to 1 there is none.
+        batch: pictures drawn at once.
+
+    Returns:
+        `(B, height, width, 3)` uint8 on the CPU.
+    """
+    text, device = WorldText(), next(transformer.parameters()).device
+    shape = (CHANNELS[backbone], height // CELL, width // CELL)
+    pictures = []
+    for start in range(0, len(captions), batch):
+        prompts = list(captions[start : start + batch])
+        guided = guidance > 1
+        condition = text.encode_prompts(prompts + [""] * len(prompts) * guided)
+        latent = torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds[start : start + batch]]
+        ).to(device)
+        plan = scheduler(backbone)
+        plan.set_timesteps(steps, device=device)
+        for time in plan.timesteps:
+            latents = torch.cat([latent] * (1 + guided))
+            output = transformer(**call_arguments(backbone, latents, time.expand(len(latents)), condition, device))[0]
+            output = prediction(backbone, output)
+            if guided:
+                with_text, without = output.chunk(2)
+                output = without + guidance * (with_text - without)
+            latent = plan.step(output, time, latent, return_dict=False)[0]
+        pictures.append(decode(backbone, latent).permute(0, 2, 3, 1).cpu())
+    return torch.cat(pictures)

@@ -1,0 +1,273 @@
+"""Trains a small teacher on endless fresh scenes: `python -m edit_core.world.train --backbone … --output …` (ours).
+
+A run is its folder: `state.safetensors` (weights, their average, the optimiser; written whole or not at all),
+`log.jsonl` and pictures. A stopped run goes on with `--resume`: every sample follows from its number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..distill.objective import call_arguments, noise_batch, prediction, task_target
+from ..distill.sampling import grid
+from ..errors import EDiTError
+from ..files import write_file
+from .codec import encode
+from .draw import draw
+from .optim import Optimiser
+from .reader import accuracy, read
+from .scenes import Scene
+from .teachers import build
+from .text import WorldText
+
+__all__ = ["Stage", "Trainer", "load_teacher", "main"]
+
+STATE = "state.safetensors"
+HELD_OUT = 1 << 40
+"""Scenes from this seed on are never trained on."""
+_DROPOUT, _WARMUP, _CONSTANT, _EMA = 0.1, 200, 2000, 0.999
+_BOUND, _SNR = 700.0, 5.0
+_LOG_EVERY = 25
+
+
+class Stage(NamedTuple):
+    """What is trained on until a step."""
+
+    until: int
+    batch: int
+    sizes: tuple[tuple[int, int], ...]
+    """Width and height in pixels; one is drawn per step."""
+
+
+# As the real models were trained: what a caption means is learnt at few tokens, where a sample costs a quarter, then
+# the size grows. Batches are small since steps are what a young model lacks. The last stage has no end.
+STAGES = (
+    Stage(4000, 24, ((128, 128),)),
+    Stage(8000, 16, ((192, 192), (192, 192), (160, 240), (240, 160))),
+    Stage(16000, 12, ((256, 256), (256, 256), (256, 256), (320, 208), (208, 320))),
+    Stage(1 << 62, 8, ((256, 256), (320, 320), (384, 384), (384, 256), (256, 384))),
+)
+
+
+class Trainer:
+    """One teacher's training.
+
+    Args:
+        backbone: `pixart_sigma` or `sd35_medium`.
+        output: the run's folder.
+        rate: learning rate after the warm-up; it falls with the root of the steps, so that a run may end any time.
+        stages: see :class:`Stage`.
+        seed: of the weights and of the samples' numbers.
+        muon: or AdamW alone.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        output: Path,
+        rate: float = 2e-3,
+        stages: Sequence[Stage] = STAGES,
+        seed: int = 0,
+        muon: bool = True,
+    ) -> None:
+        self.backbone, self.output, self.rate, self.stages, self.seed = backbone, output, rate, stages, seed
+        self.text = WorldText()
+        self.model: Any = build(backbone, seed).train()
+        self.average: Any = build(backbone, seed).requires_grad_(False)
+        self.optimiser = Optimiser(self.model, muon=muon)
+        self.samples = 0
+        self.seconds = 0.0
+        self._parameters: list[list[Tensor]] = [list(m.parameters()) for m in (self.average, self.model)]
+
+    @property
+    def steps(self) -> int:
+        return self.optimiser.steps
+
+    def step(self) -> tuple[float, float, float]:
+        """Trains on one batch of new scenes; returns the mean error, the weighted one, and the gradients' norm."""
+        stage = next(s for s in self.stages if self.steps < s.until)
+        numbers = range(self.samples, self.samples + stage.batch)
+        choice = np.random.Generator(np.random.PCG64([self.seed, self.steps, 1]))
+        width, height = stage.sizes[int(choice.integers(len(stage.sizes)))]
+        scenes = [Scene.random((self.seed << 32) + number) for number in numbers]
+        pictures = np.stack([scene.draw(width, height) for scene in scenes])
+        latent = encode(self.backbone, torch.from_numpy(pictures).permute(0, 3, 1, 2))  # (B, c, h, w)
+        dropped = choice.random(stage.batch) < _DROPOUT
+        captions = ["" if drop else scene.caption for drop, scene in zip(dropped, scenes, strict=True)]
+        condition = self.text.encode_prompts(captions)
+        generators = [torch.Generator().manual_seed((self.seed << 32) + number) for number in numbers]
+        noised = noise_batch(self.backbone, latent, generators)
+        arguments = call_arguments(self.backbone, noised.latent, noised.timestep, condition, latent.device)
+        output = prediction(self.backbone, self.model(**arguments)[0])
+        errors = (output - task_target(self.backbone, latent, noised)).square().mean((1, 2, 3))  # (B,)
+        loss = (errors * self._weights(noised.timestep)).mean()
+        self.optimiser.zero_grad()
+        loss.backward()
+        rate = self.rate * min(1, (self.steps + 1) / _WARMUP) / max(1, self.steps / _CONSTANT) ** 0.5
+        norm = self.optimiser.step(rate)
+        decay = min(_EMA, self.steps / (self.steps + 10))
+        torch._foreach_lerp_(self._parameters[0], self._parameters[1], 1 - decay)
+        self.samples += stage.batch
+        return float(errors.detach().mean()), float(loss.detach()), norm
+
+    def _weights(self, timestep: Tensor) -> Tensor:
+        """Of each sample's squared error, `(B,)`. SD3's times are drawn as often as they count, PixArt's uniformly.
+
+        Nearly pure noise makes its prediction easy, though what little is wrong there decides the whole picture: a
+        plain mean hardly trains what a caption is about. So the error counts as that of a velocity ("Progressive
+        distillation", arXiv 2202.00512), up to a bound, and less again where noise is little (arXiv 2303.09556).
+        """
+        if self.backbone != "pixart_sigma":
+            return torch.ones(len(timestep))
+        alpha = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000), 0)[timestep]
+        ratio = alpha / (1 - alpha)
+        return (1 / alpha).clamp(max=_BOUND) * (ratio.clamp(max=_SNR) / ratio)
+
+    def save(self) -> None:
+        """Writes the run's state."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        tensors |= {f"optimiser.{k}": v for k, v in self.optimiser.state.items()}
+        about = {
+            "backbone": self.backbone, "steps": self.steps, "samples": self.samples, "seconds": self.seconds,
+            "seed": self.seed,
+        }  # fmt: skip
+        metadata = {"run": json.dumps(about)}
+        write_file(self.output / STATE, save({k: v.contiguous() for k, v in tensors.items()}, metadata))
+
+    def resume(self) -> None:
+        """Goes on from the folder's state.
+
+        Raises:
+            EDiTError: there is none, or it is another backbone's.
+        """
+        about, tensors = _read(self.output / STATE)
+        if about["backbone"] != self.backbone:
+            raise EDiTError(f"{self.output / STATE}: a {about['backbone']}, and this is a {self.backbone}")
+        self.model.load_state_dict(_part(tensors, "model."))
+        self.average.load_state_dict(_part(tensors, "average."))
+        self.optimiser.load(_part(tensors, "optimiser."), about["steps"])
+        self.samples, self.seconds, self.seed = about["samples"], about["seconds"], about["seed"]
+
+    def evaluate(self, count: int = 32, side: int | None = None) -> dict[str, float]:
+        """Draws held-out captions with the averaged weights, reads the pictures, and saves the first in a grid."""
+        stage = next(s for s in self.stages if self.steps < s.until)
+        side = side or max(192, stage.sizes[0][0])
+        scenes = [Scene.random(HELD_OUT + i) for i in range(count)]
+        captions, seeds = [scene.caption for scene in scenes], list(range(count))
+        pictures = draw(self.backbone, self.average, captions, seeds, side, side)
+        folder = self.output / "pictures"
+        folder.mkdir(exist_ok=True)
+        grid([pictures[i : i + 8] for i in range(0, min(count, 32), 8)]).save(folder / f"{self.steps:06d}.png")
+        results = [read(picture.numpy(), scene) for picture, scene in zip(pictures, scenes, strict=True)]
+        return {"side": side, **accuracy(results)}
+
+    def log(self, **values: Any) -> None:
+        """Appends a line to the run's log."""
+        values = {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
+        with open(self.output / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def run(self, minutes: float, save_every: float = 3.0, evaluate_every: float = 12.0) -> None:
+        """Trains for so many minutes, or until SIGTERM or SIGINT; saves at the end and in between."""
+        stopped = False
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            nonlocal stopped
+            stopped = True
+
+        before = [(number, signal.signal(number, stop)) for number in (signal.SIGTERM, signal.SIGINT)]
+        start = saved = looked = ticked = time.monotonic()
+        losses: list[tuple[float, float, float]] = []
+        try:
+            while not stopped and time.monotonic() - start < minutes * 60:
+                losses.append(self.step())
+                now = time.monotonic()
+                self.seconds, ticked = self.seconds + now - ticked, now
+                if self.steps % _LOG_EVERY == 0:
+                    loss, weighted, norm = np.mean(losses, axis=0).tolist()
+                    pace = self.seconds / self.steps
+                    self.log(
+                        step=self.steps, samples=self.samples, loss=loss, weighted=weighted, norm=norm,
+                        seconds_per_step=pace,
+                    )  # fmt: skip
+                    losses.clear()
+                if now - saved > save_every * 60:
+                    self.save()
+                    saved = now
+                if now - looked > evaluate_every * 60:
+                    self.log(step=self.steps, accuracy=self.evaluate())
+                    looked = ticked = time.monotonic()
+        finally:
+            self.save()
+            for number, handler in before:
+                signal.signal(number, handler)
+
+
+def load_teacher(path: Path) -> tuple[str, Any]:
+    """A run's backbone and its transformer with the averaged weights.
+
+    Args:
+        path: the run's folder.
+
+    Raises:
+        EDiTError: it holds no state.
+    """
+    about, tensors = _read(path / STATE)
+    model = build(about["backbone"])
+    model.load_state_dict(_part(tensors, "average."))
+    return about["backbone"], model.eval().requires_grad_(False)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["run"])
+            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - is no mapping
+    except Exception as error:  # a missing or damaged file raises every kind there is
+        raise EDiTError(f"{path}: is no state of a teacher's training ({error})") from None
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m edit_core.world.train",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--backbone", choices=["pixart_sigma", "sd35_medium"], required=True)
+    parser.add_argument("--output", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--minutes", type=float, default=120, help="stop after so long")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and scenes")
+    parser.add_argument("--adamw", action="store_true", help="without Muon")
+    parser.add_argument("--resume", action="store_true", help="go on with the folder's state")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # two runs side by side are faster than one on two cores
+    options.output.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(options.backbone, options.output, options.rate, seed=options.seed, muon=not options.adamw)
+    if options.resume:
+        trainer.resume()
+    elif (options.output / STATE).exists():
+        parser.error(f"{options.output} holds a run already: --resume it, or choose another folder")
+    trainer.run(options.minutes)
+
+
+if __name__ == "__main__":
+    main()

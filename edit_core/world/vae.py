@@ -1,0 +1,202 @@
+"""The codec as an `AutoencoderTiny`, which diffusers and ComfyUI load (ours): `python -m edit_core.world.vae`.
+
+The encoder is the linear code exactly. A decoder made of repeated pixels and 3x3 convolutions cannot be its inverse, so
+it is learnt: narrow, to be quick, and stored as what it is in a network of 64 channels. Drawn edges become sharp again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ..distill.encoders import CELL
+from ..files import write_file
+from .codec import CHANNELS, basis, encode
+from .scenes import Scene
+
+__all__ = ["SCALE", "Decoder", "comfyui_state", "tiny", "train"]
+
+SCALE = 4.0
+"""Latents are divided by this in the file: the decoder's first layer, `3 tanh(x / 3)`, is nearly linear there."""
+
+_FULL = 64
+_WIDTHS, _BLOCKS = (48, 32, 24, 16), (2, 2, 1, 1)  # from cells to pixels
+_DEPTHS = (3, 3, 3, 1)  # blocks of an AutoencoderTiny's decoder
+_COMFYUI = {"pixart_sigma": (0.13025, 0.0), "sd35_medium": (1.5305, 0.0609)}  # scale and shift of its latent formats
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(*(nn.Conv2d(width, width, 3, padding=1) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv[1](F.relu(self.conv[0](x))))
+        return F.relu(x + self.conv[2](y))
+
+
+class Decoder(nn.Module):
+    """A narrow AutoencoderTiny decoder: latents `(B, c, h, w)` to pictures `(B, 3, 8h, 8w)` in 0-1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, _WIDTHS[0], 3, padding=1)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(_Block(width) for _ in range(count)) for width, count in zip(_WIDTHS, _BLOCKS, strict=True)
+        )
+        self.grow = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(_WIDTHS))
+        self.last = nn.Conv2d(_WIDTHS[-1], 3, 3, padding=1)
+        bias: Any = self.last.bias
+        nn.init.constant_(bias, 0.45)  # of the mean picture
+
+    def forward(self, latent: Tensor) -> Tensor:
+        x = F.relu(self.first(torch.tanh(latent / SCALE / 3) * 3))
+        for i, stage in enumerate(self.stages):
+            blocks: Any = stage
+            for block in blocks:
+                x = block(x)
+            if i < len(self.grow):
+                x = self.grow[i](F.interpolate(x, scale_factor=2.0))
+        return self.last(x)
+
+
+def tiny(backbone: str, decoder: Decoder) -> Any:
+    """A diffusers `AutoencoderTiny` with scaling factor SCALE."""
+    from diffusers import AutoencoderTiny
+
+    vae: Any = AutoencoderTiny(latent_channels=CHANNELS[backbone], scaling_factor=SCALE)
+    for parameter in vae.parameters():
+        nn.init.zeros_(parameter)
+    with torch.no_grad():
+        _set_encoder(vae.encoder.layers, backbone)
+        _set_decoder(vae.decoder.layers, decoder)
+    return vae.eval().requires_grad_(False)
+
+
+def comfyui_state(backbone: str, vae: Any) -> dict[str, Tensor]:
+    """The file that ComfyUI's Load VAE takes."""
+    scale, shift = _COMFYUI[backbone]
+    state = {"vae_scale": torch.tensor(scale / SCALE), "vae_shift": torch.tensor(shift)}
+    for key, value in vae.state_dict().items():
+        side, _, index, rest = key.split(".", 3)
+        # ComfyUI counts the decoder's clamp as a layer.
+        state[f"taesd_{side}.{int(index) + (side == 'decoder')}.{rest}"] = value.contiguous()
+    return state
+
+
+def _set_encoder(layers: Any, backbone: str) -> None:
+    """Pixels move to channels in three halvings, where the last one takes the code's products.
+
+    All values are positive until there, so the ReLUs in between do nothing; positive and negative parts go separately
+    through the last ones. Blocks whose convolutions are zero are the identity.
+    """
+    code = basis(backbone)
+    for channel in range(3):
+        layers[0].weight[channel, channel, 1, 1] = 1
+    for layer, channels in ((layers[2], 3), (layers[6], 12)):
+        for source in range(channels):
+            for down in (0, 1):
+                for across in (0, 1):
+                    layer.weight[4 * source + 2 * down + across, source, 1 + down, 1 + across] = 1
+    count = CHANNELS[backbone]
+    products = code.analysis.view(count, 3, CELL, CELL)
+    for colour in range(3):
+        for y in range(CELL):
+            for x in range(CELL):
+                first = 4 * colour + 2 * (y % 2) + x % 2
+                source = 4 * first + 2 * (y // 2 % 2) + x // 2 % 2
+                weight = products[:, colour, y, x]
+                layers[10].weight[:count, source, 1 + y // 4, 1 + x // 4] = weight
+                layers[10].weight[count : 2 * count, source, 1 + y // 4, 1 + x // 4] = -weight
+    for channel in range(count):
+        layers[14].weight[channel, channel, 1, 1] = 1 / SCALE
+        layers[14].weight[channel, count + channel, 1, 1] = -1 / SCALE
+    layers[14].bias.copy_(-(products.sum((2, 3)) @ code.mean.flatten()) / SCALE)
+
+
+def _set_decoder(layers: Any, decoder: Decoder) -> None:
+    def put(target: Any, source: Any) -> None:
+        out, into = source.weight.shape[:2]
+        target.weight[:out, :into] = source.weight
+        if source.bias is not None:
+            target.bias[:out] = source.bias
+
+    put(layers[0], decoder.first)
+    index = 2
+    for i, (stage, depth) in enumerate(zip(decoder.stages, _DEPTHS, strict=True)):
+        blocks: Any = stage
+        for k, block in enumerate(blocks):
+            for place in range(3):
+                put(layers[index + k].conv[2 * place], block.conv[place])
+        index += depth
+        if i < len(decoder.grow):
+            put(layers[index + 1], decoder.grow[i])
+            index += 2
+    put(layers[index], decoder.last)
+
+
+def train(backbone: str, output: Path, minutes: float, side: int = 128, batch: int = 4, rate: float = 2e-3) -> float:
+    """Trains a decoder on fresh scenes and writes it to a file; returns the last mean absolute error, in levels of 255.
+
+    Args:
+        backbone: `pixart_sigma` or `sd35_medium`.
+        output: the file; one that is there is trained on.
+        minutes: how long.
+        side: pixels per side of the crops.
+        batch: crops per step.
+        rate: learning rate at the start; it falls to zero.
+    """
+    torch.manual_seed(0)
+    decoder = Decoder(CHANNELS[backbone])
+    if output.exists():
+        decoder.load_state_dict(load_file(output))
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=rate, weight_decay=0)
+    rng = np.random.Generator(np.random.PCG64())
+    start, steps, error = time.monotonic(), 0, 0.0
+    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
+        optimiser.param_groups[0]["lr"] = rate * min(1, (steps + 1) / 50) * (1 - done)
+        crops = []
+        for _ in range(batch):
+            picture = Scene.random(rng).draw(256, 256)
+            y, x = (CELL * int(rng.integers((256 - side) // CELL + 1)) for _ in range(2))
+            crops.append(picture[y : y + side, x : x + side])
+        pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+        latent = encode(backbone, pixels)
+        latent += torch.rand(batch, 1, 1, 1) * 0.1 * torch.randn_like(latent)  # as diffusion's latents are not clean
+        loss = F.l1_loss(decoder(latent), pixels / 255)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimiser.step()
+        steps += 1
+        error += (float(loss.detach()) * 255 - error) * max(0.02, 1 / steps)
+        if steps % 100 == 0:
+            print(json.dumps({"step": steps, "error": round(error, 3), "done": round(done, 3)}), flush=True)
+    write_file(output, save(decoder.state_dict()))
+    return error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m edit_core.world.vae", description=__doc__)
+    parser.add_argument("--backbone", choices=[*CHANNELS], required=True)
+    parser.add_argument("--output", type=Path, required=True, help="the decoder's .safetensors")
+    parser.add_argument("--minutes", type=float, default=30)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    train(options.backbone, options.output, options.minutes)
+
+
+if __name__ == "__main__":
+    main()
