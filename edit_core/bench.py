@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .apply import apply_edit
 from .backbones import BACKBONES
 from .config import EDiTConfig
 from .models import random_inputs, random_transformer
+from .runtime import timed
 from .weights import EDiTWeights
 
 __all__ = ["Measurement", "device_name", "measure", "table"]
@@ -81,15 +82,16 @@ def measure(
     transformer = random_transformer(backbone, blocks, dtype, side).to(device)
     weights = EDiTWeights.init(transformer, config)
     inputs = random_inputs(transformer, backbone, side, batch)
+    call = partial(transformer, **inputs)
     teacher: list[float] = []
     edit: list[float] = []
     for i in range(repeats + 1):  # the first pair warms up
-        seconds = _time(transformer, inputs)
+        _, seconds = timed(call, device)
         with apply_edit(transformer, weights, layers=layers):
             if i == 0:
-                _time(transformer, inputs)
+                call()
                 continue
-            edit.append(_time(transformer, inputs))
+            edit.append(timed(call, device)[1])
         teacher.append(seconds)
         yield Measurement(
             backbone=backbone,
@@ -104,16 +106,6 @@ def measure(
             teacher=teacher,
             edit=edit,
         )
-
-
-def _time(transformer: Any, inputs: dict[str, Any]) -> float:
-    if transformer.device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    transformer(**inputs)
-    if transformer.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def table(measurements: list[Measurement]) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 
 from .errors import EDiTError
 
-__all__ = ["DTYPES", "progress", "usable_device"]
+__all__ = ["DTYPES", "progress", "timed", "usable_device"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,3 +39,14 @@ def progress(steps: Iterable[T], total: int, label: str) -> Iterable[T]:
     except ImportError:
         return steps
     return tqdm(steps, desc=label, total=total, leave=False, disable=not sys.stderr.isatty())
+
+
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What a call gives, and its seconds; on CUDA until the device is done with it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    output = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return output, time.perf_counter() - start

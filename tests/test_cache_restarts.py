@@ -24,7 +24,6 @@ from edit_core.distill.encoders import PipelineEncoder
 from edit_core.distill.sources import FolderSource
 from edit_core.errors import EDiTError
 
-one_thread = caching.one_thread
 folders = caching.folders
 encoders = caching.encoders
 images = caching.images

@@ -16,7 +16,6 @@ from edit_core.distill.dataset import BatchPlan, CachedLatents, collate
 from edit_core.distill.sources import FolderSource
 from edit_core.errors import EDiTError
 
-one_thread = caching.one_thread
 images = caching.images
 
 

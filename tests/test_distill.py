@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support import models, training
+from support.train_child import stop_after
 
 from edit_core import EDiTConfigError, EDiTError, EDiTWeights, apply_edit
 from edit_core.cli import main
@@ -98,16 +99,6 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(backbone: str, prepared
     assert any(not torch.equal(t, initial.tensors[name]) for name, t in load_file(resumed).items()), (
         "nothing was learnt"
     )
-
-
-def stop_after(engine: Engine, total: int) -> None:
-    update = engine._update
-
-    def counted(*args: Any) -> bool:
-        engine.stopping = engine.total + 1 >= total
-        return update(*args)
-
-    engine._update = counted  # type: ignore[method-assign]
 
 
 def write_yaml(config: RunConfig, path: Path) -> Path:

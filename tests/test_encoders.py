@@ -18,7 +18,6 @@ from edit_core.distill import encoders as encoders_module
 from edit_core.distill.encoders import PipelineEncoder
 from edit_core.errors import EDiTError
 
-one_thread = caching.one_thread
 folders = caching.folders
 encoders = caching.encoders
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from support import comfy, models, pipelines, training
+from support import models, pipelines, training, workflows
 from support.server import Server
 from support.workflows import HEIGHT, WIDTH, draw, name_files, random_clip_l
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,19 +25,10 @@ from edit_core.cli import main
 from edit_core.distill.dataset import CachedLatents
 from edit_core.distill.teacher import load_teacher
 
-FOUND = comfy.checkouts()
+server = workflows.server
 PROMPT = "a red ship in the snow"
 STEPS = 2
 """Of each stage."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """For models so small, threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -180,18 +171,6 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
     save_file(random_clip_l(), folder / "text_encoders" / "random_clip_l.safetensors")
     return folder
-
-
-@pytest.fixture(scope="module", params=FOUND or [Path("none")], ids=lambda path: path.name)
-def server(
-    request: pytest.FixtureRequest, model_files: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    if not FOUND:
-        pytest.skip(comfy.NO_COMFYUI)
-    base = tmp_path_factory.mktemp(request.param.name)
-    (base / "models").symlink_to(model_files, target_is_directory=True)
-    with Server(request.param, base) as running:
-        yield running
 
 
 @pytest.mark.parametrize("backbone", models.BACKBONES)

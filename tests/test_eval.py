@@ -7,7 +7,6 @@ import json
 import math
 import re
 import xml.etree.ElementTree
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,6 @@ from edit_core.distill.teacher import load_teacher
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red fox in the snow", "two ships at sea"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The models are so small that threads only wait for each other, far too long where others work too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -31,15 +31,6 @@ LOOKING = {"held_out": 2, "evaluate_every": 2, "preview_every": 0}
 DRAWING = {**LOOKING, "preview_every": 8, "preview_pictures": 2, "preview_steps": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """For models so small, threads only wait for one another; and the children have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[faults.Forks]:
     with faults.Forks(tmp_path_factory.mktemp("forks")) as running:

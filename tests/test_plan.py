@@ -23,14 +23,6 @@ from edit_core.layers import parse_layers
 BLOCKS = 4
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def model(backbone: str = "pixart_sigma") -> Any:
     return models.make(backbone, blocks=BLOCKS)
 

@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import caching
 from support.caching import STEP, PoolEncoder, assert_same, contents, draw, encoded, write_tar
 
 from edit_core.distill.cache import build_cache
 from edit_core.distill.sources import DatasetSource, FolderSource, TarSource
 from edit_core.errors import EDiTError
-
-one_thread = caching.one_thread
 
 
 def test_sources_without_anything_usable_are_one_sentence(tmp_path: Path) -> None:

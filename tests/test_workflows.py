@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import comfy, models
+from support import comfy, models, workflows
 from support.server import PACK_NAME, Server, ServerError
 from support.workflows import HEIGHT, NAMES, WIDTH, WORKFLOWS, Prompt, api_file, draw, read_api, small, write_stand_ins
 
-FOUND = comfy.checkouts()
+server = workflows.server
 NOTES = ("MarkdownNote", "Note")
 
 
@@ -30,18 +30,6 @@ def read_template(name: str) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_stand_ins(tmp_path_factory.mktemp("workflows"))
-
-
-@pytest.fixture(scope="module", params=FOUND or [Path("none")], ids=lambda path: path.name)
-def server(
-    request: pytest.FixtureRequest, model_files: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    if not FOUND:
-        pytest.skip(comfy.NO_COMFYUI)
-    base = tmp_path_factory.mktemp(request.param.name)
-    (base / "models").symlink_to(model_files, target_is_directory=True)
-    with Server(request.param, base) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import EDiTError
 from ..files import new_output
 from ..runtime import DTYPES, progress
 from ..weights import EDiTWeights
-from .common import Result, add_config_arguments, add_trainable_arguments, config_of, device_of
+from .common import Result, add_config_arguments, add_device_arguments, add_trainable_arguments, config_of, device_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler-steps", type=int, default=20, help="sampling steps per picture")
     parser.add_argument("--guidance", type=float, default=4.5, help="the teacher's guidance scale")
     parser.add_argument("--seed", type=int, default=0, help="seeds the pictures and the untrained weights")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the teacher and the computation")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    add_device_arguments(parser)
     add_trainable_arguments(parser)
     add_config_arguments(parser)
 

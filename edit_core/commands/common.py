@@ -15,6 +15,7 @@ from ..runtime import DTYPES, usable_device
 __all__ = [
     "Result",
     "add_config_arguments",
+    "add_device_arguments",
     "add_model_arguments",
     "add_trainable_arguments",
     "backbones_of",
@@ -32,6 +33,10 @@ class Result(NamedTuple):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", choices=[*BACKBONES, "both"], default="both", help="which transformer")
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of weights and computation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
 

@@ -16,8 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import __version__
 from ..apply import apply_edit
 from ..backbones import Base
@@ -28,7 +26,7 @@ from ..files import write_file
 from ..layers import format_layers
 from ..runtime import DTYPES
 from ..weights import EDiTWeights, fingerprint
-from .common import Result, device_of
+from .common import Result, add_device_arguments, device_of
 
 FORMAT_VERSION = 1
 PROMPTS = (
@@ -64,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=1024, help="pixels per side; a multiple of 16")
     parser.add_argument("--samples", type=int, default=64, help="latents on which the attentions are compared, at most")
     parser.add_argument("--layers", default="all", help='transformer blocks: "all", "none" or "0, 3-9, 27"')
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of weights and computation")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    add_device_arguments(parser)
     parser.add_argument("--batch", type=int, default=1, help="pictures per call")
 
 

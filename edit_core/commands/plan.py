@@ -11,8 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..distill.dataset import BatchPlan, CachedLatents
 from ..distill.plan import DEFAULT_BUDGET, make_plan
 from ..distill.teacher import load_teacher
@@ -20,7 +18,7 @@ from ..errors import EDiTError
 from ..files import write_file
 from ..runtime import DTYPES
 from ..weights import EDiTWeights
-from .common import Result, device_of
+from .common import Result, add_device_arguments, device_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed passes, after one to warm up")
     parser.add_argument("--shift", type=float, default=3.0, help="SD3.5 only: shift of the times towards noise")
     parser.add_argument("--seed", type=int, default=0, help="seeds the choice of pictures, noise and times")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of weights and computation")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    add_device_arguments(parser)
     parser.add_argument("--output", default=None, help="a .json file to write everything to")
 
 

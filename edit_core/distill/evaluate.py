@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +17,14 @@ from torch import Tensor
 from ..apply import EDiTHandle
 from ..errors import EDiTError
 from ..files import write_file
-from ..runtime import progress
+from ..runtime import progress, timed
 from . import picture_metrics
 from .dataset import CachedLatents, collate
 from .distance import Distance, teacher_distance
 from .encoders import CELL
 from .losses import dense_tap
 from .picture_features import ClipFeatures, FeatureSets, InceptionFeatures, real_pictures
-from .sampling import Sampler, grid
+from .sampling import Sampler, grid, png
 
 __all__ = ["Evaluation", "Settings", "cached_batches"]
 
@@ -139,9 +138,9 @@ class Evaluation:
             latents: dict[str, Tensor] = {}
             pictures: dict[str, Tensor] = {}
             for who, tap in (("teacher", dense_tap), ("student", None)):
-                start = self._clock()
-                latents[who] = self._draw(tap, condition, negative, batch, settings.steps)
-                seconds[who].append((self._clock() - start) / len(batch))
+                draw = partial(self._draw, tap, condition, negative, batch, settings.steps)
+                latents[who], took = timed(draw, self.sampler.transformer.device)
+                seconds[who].append(took / len(batch))
                 self._check_finite(who, latents[who], batch)
                 pictures[who] = self.sampler.decode(latents[who])
                 overview[who] += pictures[who][: _OVERVIEW - len(overview[who])]
@@ -156,7 +155,7 @@ class Evaluation:
                     samples.append({"latent": latents["teacher"][i].cpu(), **one})
         sheet = grid([torch.stack(overview["teacher"]), torch.stack(overview["student"])])
         sheet.thumbnail((_OVERVIEW_SIDE, _OVERVIEW_SIDE))
-        write_file(self.output / "grid.png", _png(sheet))
+        write_file(self.output / "grid.png", png(sheet))
         scores = {**self._pair_scores(records), **self._distance(samples), **self._set_scores(records)}
         return {
             "scores": scores,
@@ -187,12 +186,6 @@ class Evaluation:
         finally:
             self.handle.tap = None
 
-    def _clock(self) -> float:
-        device = self.sampler.transformer.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     def _check_finite(self, who: str, latents: Tensor, batch: list[_Picture]) -> None:
         for latent, picture in zip(latents, batch, strict=True):
             if not bool(latent.isfinite().all()):
@@ -210,7 +203,7 @@ class Evaluation:
         files = {}
         for name, pixels in (("teacher", teacher), ("student", student), ("difference", difference)):
             files[name] = f"pictures/{picture.number:05}_{name}.png"
-            write_file(self.output / files[name], _png(Image.fromarray(pixels.contiguous().numpy())))
+            write_file(self.output / files[name], png(Image.fromarray(pixels.contiguous().numpy())))
         noise_ratio = picture_metrics.psnr(student, teacher)
         return {
             "prompt": self.settings.prompts[picture.prompt],
@@ -307,9 +300,3 @@ def _timing(seconds: dict[str, list[float]]) -> dict[str, Any]:
     ratio = statistics.median(t / s for t, s in zip(seconds["teacher"], seconds["student"], strict=True))
     medians = {f"{who}_median": statistics.median(values) for who, values in seconds.items()}
     return {**medians, "ratio": ratio, **seconds}
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

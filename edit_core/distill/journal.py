@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from ..files import write_file
+from .sampling import png
 
 __all__ = ["Journal"]
 
@@ -57,14 +57,11 @@ class Journal:
 
     def picture(self, image: Any, step: int) -> Path:
         """Keeps a PIL image of a step; returns where."""
-        file = io.BytesIO()
-        image.save(file, "PNG")
+        data = png(image)
         path = self.folder / "pictures" / f"{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        write_file(path, file.getvalue())
-        drawn = Summary.Image(
-            height=image.height, width=image.width, colorspace=3, encoded_image_string=file.getvalue()
-        )
+        write_file(path, data)
+        drawn = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=data)
         value = Summary.Value(tag="teacher above student", image=drawn)
         self._event(step=step, summary=Summary(value=[value]))
         return path

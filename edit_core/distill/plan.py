@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,7 +24,7 @@ from ..bench import device_name
 from ..errors import EDiTError
 from ..layers import format_layers
 from ..models import random_inputs
-from ..runtime import progress
+from ..runtime import progress, timed
 from ..weights import EDiTWeights, fingerprint
 from .distance import Distance, teacher_distance
 from .losses import dense_tap
@@ -330,7 +329,7 @@ def _steps(transformer: Any, handle: EDiTHandle, inputs: dict[str, Any], repeats
     for turn in range(repeats + 1):
         for dense in (True, False):
             handle.tap = dense_tap if dense else None
-            _, seconds = _timed(lambda: transformer(**inputs), transformer.device)
+            _, seconds = timed(lambda: transformer(**inputs), transformer.device)
             if turn:  # the first pair warms up
                 found[dense].append(seconds)
     return statistics.median(found[True]), statistics.median(found[False])
@@ -349,19 +348,9 @@ class _Stopwatch:
         calls = {"dense": dense, "linear": edit}
         outputs = {}
         for kind in sorted(calls, reverse=self.linear_first):
-            outputs[kind], seconds = _timed(calls[kind], self.device)
+            outputs[kind], seconds = timed(calls[kind], self.device)
             self.seconds.setdefault((kind, key), []).append(seconds)
         return outputs["dense"]
-
-
-def _timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    output = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return output, time.perf_counter() - start
 
 
 def _inputs(transformer: Any, backbone: str, size: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from .encoders import CELL, quiet
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Sampler", "grid"]
+__all__ = ["Sampler", "grid", "png"]
 
 _GAP = 4  # pixels between the pictures of a grid
 
@@ -142,6 +143,13 @@ def grid(rows: Sequence[Tensor]) -> Image:
         for x, picture in enumerate(row):
             sheet.paste(Image.fromarray(picture.contiguous().numpy()), (x * width, y * height))
     return sheet
+
+
+def png(image: Image) -> bytes:
+    """A picture as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _scheduler(folder: Path) -> Any:

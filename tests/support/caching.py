@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,6 @@ class PoolEncoder:
         rows = [torch.frombuffer(bytearray(hashlib.sha256(p.encode()).digest()), dtype=torch.uint8) for p in prompts]
         embeds = torch.stack(rows).float().view(-1, 4, 8)
         return {"prompt_embeds": embeds, "prompt_mask": torch.ones(len(rows), 4, dtype=torch.bool)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For models so small, threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from edit_core.distill.config import load_config
 from edit_core.distill.engine import Engine
+
+
+def stop_after(engine: Engine, total: int) -> None:
+    """Tells a training to stop after its `total`-th step, as a signal would."""
+    update = engine._update
+
+    def counted(*args: Any) -> bool:
+        engine.stopping = engine.total + 1 >= total
+        return update(*args)
+
+    engine._update = counted  # type: ignore[method-assign]
 
 
 def main(file: str, stop_at: int) -> None:
     torch.set_num_threads(1)
     engine = Engine(load_config(file))
     engine.resume()
-    update = engine._update
-
-    def counted(*args: object) -> bool:
-        engine.stopping = engine.total + 1 >= stop_at
-        return update(*args)  # type: ignore[arg-type]
-
-    engine._update = counted  # type: ignore[method-assign]
+    stop_after(engine, stop_at)
     engine.run()
     parameters = list(engine.transformer.transformer_blocks[0].parameters())
     print(f"rank {engine.processes.rank} of {engine.processes.world}: {engine.total} steps, "

@@ -7,10 +7,12 @@ import io
 import json
 import os
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
@@ -137,6 +139,19 @@ def draw(server: Server, name: str, seed: int = 1, edit_name: str | None = None)
     result = server.run(prompt)
     assert not result.cached & {key for key, node in prompt.items() if node["class_type"] == "KSampler"}
     return {node["inputs"]["filename_prefix"]: picture(server, result, key) for key, node in saves(prompt).items()}
+
+
+@pytest.fixture(scope="module", params=comfy.checkouts() or [Path("none")], ids=lambda path: path.name)
+def server(
+    request: pytest.FixtureRequest, model_files: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """One server per ComfyUI found, with the models that a test file's `model_files` gives."""
+    if not comfy.checkouts():
+        pytest.skip(comfy.NO_COMFYUI)
+    base = tmp_path_factory.mktemp(request.param.name)
+    (base / "models").symlink_to(model_files, target_is_directory=True)
+    with Server(request.param, base) as running:
+        yield running
 
 
 def saves(prompt: Prompt) -> Prompt:
