@@ -8,7 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Noised", "Weighting", "call_arguments", "noise_batch", "prediction", "task_target"]
+__all__ = [
+    "Noised", "Weighting", "add_noise", "alphas_cumprod", "call_arguments", "noise_batch", "prediction", "task_target",
+]  # fmt: skip
 
 Weighting = Literal["logit_normal", "mode", "uniform"]
 
@@ -48,17 +50,31 @@ def noise_batch(
         weighting: of SD3.5's times.
         shift: of SD3.5's times; 3 at 1024 pixels.
     """
-    noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in generators])
-    noise = noise.to(latent.device, latent.dtype)  # (B, c, h, w)
+    noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in generators])  # (B, c, h, w)
     if backbone == "pixart_sigma":
         timestep = torch.cat([torch.randint(0, _TRAIN_STEPS, (1,), generator=g) for g in generators])
-        alpha = _alphas_cumprod()[timestep].to(latent.device).view(-1, 1, 1, 1)
-        noised = alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
-        return Noised(noised.to(latent.dtype), noise, timestep.to(latent.device))
+        return add_noise(backbone, latent, noise, timestep)
     u = torch.cat([_time(weighting, g) for g in generators])
-    sigma = (shift * u / (1 + (shift - 1) * u)).to(latent.device)
-    path = sigma.view(-1, 1, 1, 1)
-    return Noised(((1 - path) * latent + path * noise).to(latent.dtype), noise, sigma * _TRAIN_STEPS)
+    return add_noise(backbone, latent, noise, shift * u / (1 + (shift - 1) * u) * _TRAIN_STEPS)
+
+
+def add_noise(backbone: str, latent: Tensor, noise: Tensor, timestep: Tensor) -> Noised:
+    """Brings clean latents to given times.
+
+    Args:
+        backbone: `pixart_sigma` or `sd35_medium`.
+        latent: clean latents `(B, c, h, w)`.
+        noise: of the same shape, anywhere.
+        timestep: `(B,)`, 0-1000; whole numbers up to 999 for PixArt-Σ.
+    """
+    noise, timestep = noise.to(latent.device, latent.dtype), timestep.to(latent.device)
+    if backbone == "pixart_sigma":
+        alpha = alphas_cumprod().to(latent.device)[timestep].view(-1, 1, 1, 1)
+        noised = alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
+    else:
+        sigma = (timestep / _TRAIN_STEPS).view(-1, 1, 1, 1)
+        noised = (1 - sigma) * latent + sigma * noise
+    return Noised(noised.to(latent.dtype), noise, timestep)
 
 
 def task_target(backbone: str, latent: Tensor, noised: Noised) -> Tensor:
@@ -107,5 +123,6 @@ def _time(weighting: Weighting, generator: torch.Generator) -> Tensor:
     return u
 
 
-def _alphas_cumprod() -> Tensor:
+def alphas_cumprod() -> Tensor:
+    """How much of the signal's variance is left at PixArt-Σ's times, `(1000,)`."""
     return torch.cumprod(1 - torch.linspace(*_BETAS, _TRAIN_STEPS), 0)

@@ -21,7 +21,15 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..distill.objective import call_arguments, noise_batch, prediction, task_target
+from ..distill.objective import (
+    Noised,
+    add_noise,
+    alphas_cumprod,
+    call_arguments,
+    noise_batch,
+    prediction,
+    task_target,
+)  # fmt: skip
 from ..distill.sampling import grid
 from ..errors import EDiTError
 from ..files import write_file
@@ -39,7 +47,8 @@ STATE = "state.safetensors"
 HELD_OUT = 1 << 40
 """Scenes from this seed on are never trained on."""
 _DROPOUT, _WARMUP, _CONSTANT, _EMA = 0.1, 200, 2000, 0.999
-_BOUND, _SNR = 700.0, 5.0
+_UNIFORM = 0.15
+"""Share of PixArt's times that are drawn uniformly, so that every time is trained on."""
 _LOG_EVERY = 25
 
 
@@ -109,11 +118,11 @@ class Trainer:
         captions = ["" if drop else scene.caption for drop, scene in zip(dropped, scenes, strict=True)]
         condition = self.text.encode_prompts(captions)
         generators = [torch.Generator().manual_seed((self.seed << 32) + number) for number in numbers]
-        noised = noise_batch(self.backbone, latent, generators)
+        noised, weights = _noised(self.backbone, latent, generators)
         arguments = call_arguments(self.backbone, noised.latent, noised.timestep, condition, latent.device)
         output = prediction(self.backbone, self.model(**arguments)[0])
         errors = (output - task_target(self.backbone, latent, noised)).square().mean((1, 2, 3))  # (B,)
-        loss = (errors * self._weights(noised.timestep)).mean()
+        loss = (errors * weights).mean()
         self.optimiser.zero_grad()
         loss.backward()
         rate = self.rate * min(1, (self.steps + 1) / _WARMUP) / max(1, self.steps / _CONSTANT) ** 0.5
@@ -122,19 +131,6 @@ class Trainer:
         torch._foreach_lerp_(self._parameters[0], self._parameters[1], 1 - decay)
         self.samples += stage.batch
         return float(errors.detach().mean()), float(loss.detach()), norm
-
-    def _weights(self, timestep: Tensor) -> Tensor:
-        """Of each sample's squared error, `(B,)`. SD3's times are drawn as often as they count, PixArt's uniformly.
-
-        Nearly pure noise makes its prediction easy, though what little is wrong there decides the whole picture: a
-        plain mean hardly trains what a caption is about. So the error counts as that of a velocity ("Progressive
-        distillation", arXiv 2202.00512), up to a bound, and less again where noise is little (arXiv 2303.09556).
-        """
-        if self.backbone != "pixart_sigma":
-            return torch.ones(len(timestep))
-        alpha = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000), 0)[timestep]
-        ratio = alpha / (1 - alpha)
-        return (1 / alpha).clamp(max=_BOUND) * (ratio.clamp(max=_SNR) / ratio)
 
     def save(self) -> None:
         """Writes the run's state."""
@@ -215,6 +211,26 @@ class Trainer:
             self.save()
             for number, handler in before:
                 signal.signal(number, handler)
+
+
+def _noised(backbone: str, latent: Tensor, generators: Sequence[torch.Generator]) -> tuple[Noised, Tensor]:
+    """A noised batch, and the weights of its squared errors, `(B,)`.
+
+    SD3's times are drawn as often as they count. PixArt's betas are so large that two thirds of its times are nearly
+    pure noise: uniform times hardly train what a caption is about. So its times are drawn by SD3's distribution at the
+    same ratio of signal to noise, errors count as those of SD3's velocity, and a few uniform times count plainly.
+    """
+    if backbone != "pixart_sigma":
+        return noise_batch(backbone, latent, generators), torch.ones(len(latent))
+    noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in generators])
+    alpha = alphas_cumprod().double()
+    signal = alpha.sqrt() / (alpha.sqrt() + (1 - alpha).sqrt())  # 1 - sigma, of the straight path through x / noise
+    edges = signal.logit().mul(-1)  # rises with time
+    chance = torch.special.ndtr(edges).diff(prepend=torch.zeros(1, dtype=torch.double))  # of a normal logit
+    drawn = (1 - _UNIFORM) * chance + _UNIFORM / len(chance)
+    timestep = torch.cat([torch.multinomial(drawn, 1, generator=g) for g in generators])
+    weights = (chance / signal.square() + _UNIFORM / len(chance)) / drawn
+    return add_noise(backbone, latent, noise, timestep), weights[timestep].float()
 
 
 def load_teacher(path: Path) -> tuple[str, Any]:
