@@ -1,8 +1,8 @@
 """What the engine costs, at the real models' width: writes docs/bench_training.json and the tables of docs/training.md.
 
 Random weights and random latents: neither time nor memory depends on them. Overhead is the time of an engine's step
-over that of the same forwards, losses and backward called by hand, in alternation; memory is the highest that a process
-of its own held while it took two steps.
+over that of the same forwards, losses and backward called by hand, in alternation, and wants a quiet machine; memory is
+the highest that a process of its own held while it took two steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from torch import Tensor
@@ -166,6 +165,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=DTYPES, default="float32", help="not every CPU computes bfloat16 well")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--backbone", choices=[*WIDTHS], action="append")
+    parser.add_argument("--measure", choices=["memory", "overhead"], action="append", help="both by default")
     parser.add_argument("--save", type=Path, default=ROOT / "docs" / "bench_training.json")
     options = parser.parse_args()
     found: dict[str, Any] = json.loads(options.save.read_text()) if options.save.exists() else {}
@@ -176,18 +176,21 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=ROOT / "out") as temporary:
             folder = Path(temporary)
             prepare(backbone, folder, options.resolution, options.blocks, DTYPES[options.precision])
-            result: dict[str, Any] = {
+            about = {
                 "device": device_name(torch.device("cpu")), "torch": torch.__version__, "dtype": options.precision,
                 "resolution": options.resolution, "blocks": options.blocks or "all", "batch": 1,
-                "ram_gb": psutil.virtual_memory().total / 1e9,
             }  # fmt: skip
-            for kind in ("transfer", "distill"):
-                result[kind] = memory(folder, kind, options.resolution, options.precision)
-                print(backbone, kind, result[kind], flush=True)
-            result["overhead"] = overhead(folder, options.resolution, options.precision, options.repeats)
-            print(backbone, result["overhead"], flush=True)
-        found[backbone] = result
-        options.save.write_text(json.dumps(found, indent=1) + "\n")
+            for what in options.measure or ["memory", "overhead"]:
+                if what == "memory":
+                    result: dict[str, Any] = {
+                        kind: memory(folder, kind, options.resolution, options.precision)
+                        for kind in ("transfer", "distill")
+                    }
+                else:
+                    result = overhead(folder, options.resolution, options.precision, options.repeats)
+                print(backbone, result, flush=True)
+                found.setdefault(what, {})[backbone] = about | result
+                options.save.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

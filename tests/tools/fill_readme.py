@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from edit_core.backbones import BACKBONES
 from edit_core.bench import Measurement, table
@@ -42,28 +43,38 @@ def filled_training(guide: str) -> str:
         lines += [f"- `{name}`", *(f"  - {stage}" for stage in stages)]
     lines += [
         "",
-        "Measured by `make bench-training`, real widths, random weights, batch 1; overhead is an engine's step against "
-        "the same two forwards, losses and backward by hand:",
+        "Measured by `make bench-training`, real widths, random weights, batch 1. Seconds per step and peak GB "
+        "(estimate), `distill` with gradient checkpointing:",
         "",
-        "| model | blocks | picture | dtype | transfer: s per step, peak GB (estimate) | distill, checkpointed: s per "
-        "step, peak GB (estimate) | engine's overhead |",
-        "|---|---|---|---|---|---|---|",
+        "| model | blocks | picture | dtype | transfer | distill |",
+        "|---|---|---|---|---|---|",
     ]
-    for backbone, run in found.items():
-        if backbone == "estimates":
-            continue
+    for backbone, run in found["memory"].items():
         stages = [
             f"{s['seconds']:.1f} s, {s['peak_gb']:.1f} ({s['estimate_gb']:.1f})"
             for s in (run["transfer"], run["distill"])
         ]
-        title, overhead = BACKBONES[backbone].title, run["overhead"]["overhead"]
-        lines.append(
-            f"| {title} | {run['blocks']} | {run['resolution']}² | {run['dtype']} | {' | '.join(stages)} | "
-            f"{overhead:+.1%} |"
-        )
-    device, version = found["pixart_sigma"]["device"], found["pixart_sigma"]["torch"]
-    lines += ["", f"{device}; PyTorch {version}. No GPU was at hand: measure a few steps on yours, and multiply."]
+        lines.append(_about(backbone, run) + " | ".join(stages) + " |")
+    lines += [
+        "",
+        "The engine's overhead: the time of its step against that of the same two forwards, losses and backward by "
+        "hand, in alternation:",
+        "",
+        "| model | blocks | picture | dtype | by hand | overhead |",
+        "|---|---|---|---|---|---|",
+    ]
+    for backbone, run in found["overhead"].items():
+        lines.append(f"{_about(backbone, run)}{run['by hand']:.2f} s | {run['overhead']:+.1%} |")
+    run = found["memory"]["pixart_sigma"]
+    lines += [
+        "",
+        f"{run['device']}; PyTorch {run['torch']}. No GPU was at hand: measure a few steps on yours, and multiply.",
+    ]
     return between(guide, "training", "\n".join(lines))
+
+
+def _about(backbone: str, run: dict[str, Any]) -> str:
+    return f"| {BACKBONES[backbone].title} | {run['blocks']} | {run['resolution']}² | {run['dtype']} | "
 
 
 if __name__ == "__main__":
