@@ -101,6 +101,22 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(backbone: str, prepared
     )
 
 
+@pytest.mark.parametrize(("kind", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
+def test_optimisers_of_other_packages_resume_exactly_where_installed(
+    kind: str, package: str, prepared: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip(package)
+    stages = ({**TRANSFER, "lr": 1.0 if kind == "prodigy" else 1e-3}, DISTILL)
+    straight = Engine(training.config(prepared("pixart_sigma"), tmp_path / "straight", *stages, optimizer=kind)).run()
+    config = training.config(prepared("pixart_sigma"), tmp_path / "resumed", *stages, optimizer=kind)
+    engine = Engine(config)
+    stop_after(engine, 3)
+    engine.run()
+    engine = Engine(config)
+    assert engine.resume()
+    assert equal(straight, engine.run())
+
+
 def write_yaml(config: RunConfig, path: Path) -> Path:
     path.write_text(config.model_dump_json())  # JSON is YAML
     return path
@@ -304,7 +320,10 @@ def test_shipped_configurations_are_valid_and_missing_ones_are_said_to_be_so(tmp
         load_config(str(bad))
 
 
-def test_mistakes_on_the_command_line_are_one_sentence(prepared: Any, tmp_path: Path, capsys: Any) -> None:
+def test_mistakes_on_the_command_line_are_one_sentence(
+    prepared: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)  # where it is installed
     paths = prepared("pixart_sigma")
     file = write_yaml(training.config(paths, tmp_path / "run", TRANSFER), tmp_path / "run.yaml")
     for overrides, part in (

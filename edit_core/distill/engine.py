@@ -334,8 +334,11 @@ class Engine:
         tensors: dict[str, Tensor] = {f"weights.{name}": p for name, p in self.parameters.items()}
         tensors.update({f"ema.{name}": t for name, t in self.ema.items()})
         names = list(self.parameters)
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors.update({f"optimizer.{names[index]}.{k}": torch.as_tensor(v) for k, v in moments.items()})
+        # bitsandbytes' own state_dict nests its tensors for a kind of FSDP that is not used here.
+        for index, moments in torch.optim.Optimizer.state_dict(self.optimizer)["state"].items():
+            for key, value in moments.items():
+                shared = key.startswith("qmap")  # of bitsandbytes, one for all weights; safetensors wants one each
+                tensors[f"optimizer.{names[index]}.{key}"] = value.clone() if shared else torch.as_tensor(value)
         return tensors
 
     def _state(self) -> dict[str, Any]:
