@@ -112,7 +112,7 @@ def overhead(folder: Path, resolution: int, precision: str, repeats: int) -> dic
 
 
 def memory(folder: Path, kind: str, resolution: int, precision: str) -> dict[str, float]:
-    """The most that a process held over two steps, in GB, beside the estimate, and the second step's seconds."""
+    """The most that a process held over two steps, in GB, beside the estimate."""
     code = (
         "import sys, resource; sys.path[:0] = [sys.argv[1]]\n"
         "from edit_core.distill.config import load_config; from edit_core.distill.engine import Engine\n"
@@ -128,12 +128,7 @@ def memory(folder: Path, kind: str, resolution: int, precision: str) -> dict[str
         )
         for args in ((code, str(ROOT), str(file)), (empty,))
     )
-    records = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "peak_gb": (peak - bare) * 1024 / 1e9,
-        "estimate_gb": estimate(run)[0].total / 1e9,
-        "seconds": records[-1]["seconds"],
-    }
+    return {"peak_gb": (peak - bare) * 1024 / 1e9, "estimate_gb": estimate(run)[0].total / 1e9}
 
 
 def estimates(folder: Path) -> dict[str, list[str]]:

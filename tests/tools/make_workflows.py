@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edit_core.world.files import shipped
+from edit_core.world.scenes import COLOURS, GROUNDS, SHAPES, TEXTURES
+
 OUT = Path(__file__).resolve().parents[2] / "workflows"
 PACK_ID = "edit-attention"
 TITLE_HEIGHT, GAP = 30, 24
@@ -27,12 +30,16 @@ PROMPT = (
     "dew on the fur, shallow depth of field, detailed photograph"
 )
 NEGATIVE = "blurry, low quality, deformed, watermark, text"
+SMALL_PROMPT = (
+    "a large green bar in the top left, at the middle left a large red circle, over grey rows, "
+    "the right half mirrors the left"
+)
 SEED = 20250807
 
 
 @dataclass(frozen=True)
 class Model:
-    """What differs between the two base models."""
+    """What differs between the base models."""
 
     name: str
     title: str
@@ -45,7 +52,34 @@ class Model:
     vae_source: str
     latent: str
     sampling: dict[str, Any]
+    edit_file: str
     shift: float | None = None
+    prompt: str = PROMPT
+    negative: str = NEGATIVE
+    side: int = 1024
+    kinds: tuple[str, ...] = ("", "_edit", "_ab")
+
+
+def small_model(backbone: str, title: str, latent: str, sampler: str, scheduler: str) -> Model:
+    """One of the small models that come with the pack, with the sampler that it was judged with."""
+    return Model(
+        name=f"small_world_{backbone}",
+        title=f"small world's {title}",
+        file=shipped("diffusion_models", backbone).name,
+        source="",
+        text_loader="EDiTSmallWorldText",
+        text_inputs={"backbone": backbone},
+        text_files={},
+        vae=shipped("vae", backbone).name,
+        vae_source="",
+        latent=latent,
+        sampling={"steps": 16, "cfg": 3.0, "sampler_name": sampler, "scheduler": scheduler, "denoise": 1.0},
+        edit_file=shipped("edit", backbone).name,
+        prompt=SMALL_PROMPT,
+        negative="",
+        side=384,
+        kinds=("_ab",),
+    )
 
 
 MODELS = [
@@ -62,6 +96,7 @@ MODELS = [
         latent="EmptyLatentImage",
         # The solver, spacing, steps and guidance of the model's own pipeline.
         sampling={"steps": 20, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "normal", "denoise": 1.0},
+        edit_file="pixart_sigma_edit.safetensors",
     ),
     Model(
         name="sd35_medium",
@@ -82,8 +117,11 @@ MODELS = [
         vae_source=f"{SD35_RELEASE}/vae/diffusion_pytorch_model.safetensors",
         latent="EmptySD3LatentImage",
         sampling={"steps": 28, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform", "denoise": 1.0},
+        edit_file="sd35_medium_edit.safetensors",
         shift=3.0,
     ),
+    small_model("pixart_sigma", "PixArt-Σ", "EmptyLatentImage", "dpmpp_2m", "sgm_uniform"),
+    small_model("sd35_medium", "Stable Diffusion 3.5-Medium", "EmptySD3LatentImage", "euler", "normal"),
 ]
 
 KINDS = {"": "plain", "_edit": "EDiT", "_ab": "A/B: base beside EDiT"}
@@ -126,9 +164,9 @@ def groups_of(model: Model, kind: str) -> list[Group]:
     if Path(model.vae_source).name == model.vae:  # a link only helps where it gives the file the name that is asked for
         vae.models = [{"name": model.vae, "url": model.vae_source, "directory": "vae"}]
     loaders = [base, text, vae]
-    positive = Node("CLIPTextEncode", "Prompt", {"text": PROMPT, "clip": text[0]}, (400, 170))
-    negative = Node("CLIPTextEncode", "Negative prompt", {"text": NEGATIVE, "clip": text[0]}, (400, 110))
-    latent = Node(model.latent, "Size", {"width": 1024, "height": 1024, "batch_size": 1}, (400, 110))
+    positive = Node("CLIPTextEncode", "Prompt", {"text": model.prompt, "clip": text[0]}, (400, 170))
+    negative = Node("CLIPTextEncode", "Negative prompt", {"text": model.negative, "clip": text[0]}, (400, 110))
+    latent = Node(model.latent, "Size", {"width": model.side, "height": model.side, "batch_size": 1}, (400, 110))
 
     base_trunk = base
     patches = []
@@ -137,9 +175,7 @@ def groups_of(model: Model, kind: str) -> list[Group]:
         patches.append(base_trunk)
     variants = {"": base_trunk}
     if edit:
-        weights = Node(
-            "EDiTLoadWeights", "Load EDiT weights", {"edit_name": f"{model.name}_edit.safetensors"}, (340, 60)
-        )
+        weights = Node("EDiTLoadWeights", "Load EDiT weights", {"edit_name": model.edit_file}, (340, 60))
         applied = Node(
             "EDiTApply", "Apply EDiT",
             {"layers": "all", "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0,
@@ -201,7 +237,7 @@ def note_of(model: Model, kind: str) -> str:
     text += ["**models/text_encoders**", "", *(line(n, u) for n, u in model.text_files.items()), ""]
     text += ["**models/vae**", "", line(*renamed["vae"]), ""]
     if kind:
-        text += ["**models/edit**", "", f"- `{model.name}_edit.safetensors` (see below)", ""]
+        text += ["**models/edit**", "", f"- `{model.edit_file}` (see below)", ""]
     text += [
         "*EDiT: Load Model* also finds files in models/checkpoints. After adding files, press **R**."
         + (" The model is gated: accept its licence on its page first." if model.name == "sd35_medium" else ""), "",
@@ -223,15 +259,45 @@ def note_of(model: Model, kind: str) -> str:
         "in *Load EDiT weights*. They show that everything runs and how fast; **they draw badly**.",
     ]  # fmt: skip
     if kind == "_ab":
-        text += [
-            "", "### Reading the two pictures", "",
-            "Both samplers get the same seed, prompt and settings; the attention is all that differs. "
-            "The base picture is the same as without EDiT in the graph.",
-        ]  # fmt: skip
+        text += ["", *TWO_PICTURES]
     else:
         text += ["", "To switch EDiT off, bypass *Apply EDiT* (Ctrl+B): that gives the base model's own picture."]
     return "\n".join(text)
 
+
+def small_note_of(model: Model, kind: str) -> str:
+    """Markdown for the user: what the small world is, and what can be asked of it."""
+    text = [
+        f"## The {model.title}: {KINDS[kind]}", "",
+        "### Files", "",
+        "They come with the pack, and are listed beside your own:", "",
+        f"- of models/diffusion_models: `{model.file}`, the teacher",
+        f"- of models/vae: `{model.vae}`",
+        f"- of models/edit: `{model.edit_file}`, EDiT weights that were distilled from it", "",
+        "Nothing has to be downloaded, and it runs on a CPU in seconds.", "",
+        "### What it is", "",
+        "A model of the real architecture with a few million parameters, which has seen nothing but drawn scenes. Load "
+        "it with *EDiT: Load Model*; everything else is as for the real one.", "",
+        "### What to ask for", "",
+        "One to three shapes, each with its size, colour and place, then the ground:", "",
+        f"- shapes: {', '.join(SHAPES)}; large (big) or small (little)",
+        f"- colours: {', '.join(COLOURS)}",
+        "- places: top, middle or bottom, and left, centre or right",
+        f"- grounds: {', '.join(GROUNDS)}, with {', '.join(TEXTURES)}",
+        "- and perhaps: *the right half mirrors the left*, *framed in the colour of the third shape*, *as many dots "
+        "left as right*", "",
+        "Other words mean nothing to it. It has seen pictures of up to 384x384 pixels; sides are multiples of 16"
+        + (", and PixArt in ComfyUI wants a mean side of more than 256." if "pixart" in model.name else "."), "",
+        *TWO_PICTURES,
+    ]  # fmt: skip
+    return "\n".join(text)
+
+
+TWO_PICTURES = [
+    "### Reading the two pictures", "",
+    "Both samplers get the same seed, prompt and settings; the attention is all that differs. "
+    "The base picture is the same as without EDiT in the graph.",
+]  # fmt: skip
 
 WHAT = {
     "pixart_sigma": "The softmax self-attention of PixArt-Σ compares every image token with every other, so its cost "
@@ -344,11 +410,12 @@ def main() -> None:
     info = json.loads(Path(sys.argv[1]).read_text())
     (OUT / "api").mkdir(parents=True, exist_ok=True)
     for model in MODELS:
-        for kind in KINDS:
+        note = small_note_of if model.text_loader == "EDiTSmallWorldText" else note_of
+        for kind in model.kinds:
             groups = groups_of(model, kind)
             for path, content in (
                 (OUT / "api" / f"{model.name}{kind}.json", api_of(groups)),
-                (OUT / f"{model.name}{kind}.json", ui_of(groups, note_of(model, kind), info)),
+                (OUT / f"{model.name}{kind}.json", ui_of(groups, note(model, kind), info)),
             ):
                 path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
