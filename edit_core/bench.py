@@ -80,7 +80,9 @@ def measure(
 ) -> Iterator[Measurement]:
     """Times a transformer of real dimensions, with random weights; yields what it has after every pair of calls."""
     transformer = random_transformer(backbone, blocks, dtype, side).to(device)
-    weights = EDiTWeights.init(transformer, config)
+    config = config or EDiTConfig()
+    # Without side weights the smallest differences stand for a student's.
+    weights = EDiTWeights.init(transformer, config, trainable="side" if config.side_weights else "low_rank", rank=1)
     inputs = random_inputs(transformer, backbone, side, batch)
     call = partial(transformer, **inputs)
     teacher: list[float] = []

@@ -10,47 +10,124 @@ from typing import Any, Literal, get_args
 
 from .errors import EDiTConfigError
 
-__all__ = ["EDiTConfig"]
+__all__ = ["CHOICES", "PRESETS", "EDiTConfig"]
 
 Normaliser = Literal["token_ratio", "exact"]
 SoftmaxFeatures = Literal["pre", "post"]
+Kernel = Literal["relu", "elu", "softmax"]
+Query = Literal["conv_fusion", "mlp", "plain"]
+Key = Literal["compressor", "conv_fusion", "mlp", "plain"]
+Joint = Literal["hybrid", "linear"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "normaliser": get_args(Normaliser),
+    "softmax_features": get_args(SoftmaxFeatures),
+    "kernel": get_args(Kernel),
+    "query": get_args(Query),
+    "key": get_args(Key),
+    "joint": get_args(Joint),
+}
+"""Of each field of :class:`EDiTConfig` that is one of several names, these names."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "sana": {"query": "plain", "key": "plain", "joint": "linear"},
+    "linfusion": {"kernel": "elu", "query": "mlp", "key": "mlp"},
+    "kv_compression": {"kernel": "softmax", "query": "plain"},
+}
+"""By name, what differs from the defaults; see :meth:`EDiTConfig.preset`."""
 
 
 @dataclass(frozen=True)
 class EDiTConfig:
-    """Hyper-parameters of EDiT and MM-EDiT (arXiv 2503.16726).
+    """The choices of EDiT and MM-EDiT (arXiv 2503.16726), and of the attentions that the paper compares them with.
 
     Raises:
-        EDiTConfigError: a field is out of range; the message names it.
+        EDiTConfigError: a field is out of range, or differs from its default where nothing reads it; the message
+            names it.
     """
 
     compression: int = 4
-    """`r`: ConvFusion's 3x3 convolution maps `C -> C/r` channels. The paper leaves it open; 4 as in LinFusion."""
+    """`r`: the bottleneck of ConvFusion, and of LinFusion's MLP, has `C/r` channels. The paper leaves it open; 4 as in
+    LinFusion."""
     kv_stride: int = 2
     """Stride of the SpatialCompressor: keys and values live on a grid this many times coarser per side."""
     normaliser: Normaliser = "token_ratio"
     """MM-EDiT's share of the linear branch: `token_ratio` N_I/(N_I+N_P), or the `exact` normalisers' share."""
     softmax_features: SoftmaxFeatures = "pre"
-    """Which image features MM-EDiT's softmax branches see: before (`pre`) or after (`post`) the ReLU."""
+    """Which image features MM-EDiT's softmax branches see: before (`pre`) or after (`post`) the kernel."""
     groups: int = 32
     """Upper bound for ConvFusion's GroupNorm groups; the greatest common divisor with `C/r` is used."""
     eps: float = 1e-6
     """Added to the linear normaliser, which is zero where a query's features are all rectified away."""
+    kernel: Kernel = "relu"
+    """What makes linear attention's features of queries and keys: `relu` or `elu` (1 + ELU, LinFusion's). `softmax`
+    stays quadratic, over compressed keys and values."""
+    query: Query = "conv_fusion"
+    """What is added to the base's queries: `conv_fusion`, LinFusion's `mlp`, or nothing (`plain`)."""
+    key: Key = "compressor"
+    """What becomes of the base's keys and values: both go through a `compressor`; or the keys gain a `conv_fusion` or
+    LinFusion's `mlp`, or nothing (`plain`), and the values stay as they are."""
+    joint: Joint = "hybrid"
+    """A joint attention is linear between image tokens alone (`hybrid`, MM-EDiT's), or between all (`linear`)."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("compression", 1, 64), ("kv_stride", 1, 4), ("groups", 1, 1024)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise EDiTConfigError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
-        for name, choices in (("normaliser", get_args(Normaliser)), ("softmax_features", get_args(SoftmaxFeatures))):
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise EDiTConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         if type(self.eps) not in (int, float) or not math.isfinite(self.eps) or not 0 < self.eps < 1:
             raise EDiTConfigError(f"eps must be a number between 0 and 1, not {self.eps!r}")
+        if self.kernel == "softmax" and self.key != "compressor":
+            raise EDiTConfigError(
+                f"kernel=softmax needs key=compressor, not {self.key}: over all keys it costs what the teacher's does"
+            )
+        for name, why in self._idle().items():
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                raise EDiTConfigError(f"{name}={value} has no meaning with {why}")
+
+    def _idle(self) -> dict[str, str]:
+        """The fields that nothing reads under these choices, and the choice that makes each so."""
+        idle = {}
+        if not {self.query, self.key} & {"conv_fusion", "mlp"}:
+            idle["compression"] = f"query={self.query} and key={self.key}"
+        if "conv_fusion" not in (self.query, self.key):
+            idle["groups"] = f"query={self.query} and key={self.key}"
+        if self.key != "compressor":
+            idle["kv_stride"] = f"key={self.key}"
+        if self.joint == "linear":
+            idle.update(dict.fromkeys(("normaliser", "softmax_features"), "joint=linear"))
+        if self.kernel == "softmax":
+            idle.update(dict.fromkeys(("joint", "normaliser", "softmax_features", "eps"), "kernel=softmax"))
+        return idle
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> EDiTConfig:
+        """A published form of attention, with some fields changed.
+
+        `paper` is EDiT and MM-EDiT; `sana` the all-linear ReLU attention of SANA (arXiv 2410.10629), `linfusion` that
+        of LinFusion (arXiv 2409.02097), `kv_compression` PixArt-Σ's softmax over fewer keys (arXiv 2403.04692): what
+        the paper compares it with.
+
+        Raises:
+            EDiTConfigError: no such preset, or the changes do not go with it.
+        """
+        if name not in PRESETS:
+            raise EDiTConfigError(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def side_weights(self) -> bool:
+        """Whether a student has weights of its own beside the base's; without, it is its differences on the base."""
+        return (self.query, self.key) != ("plain", "plain")
 
     def hidden(self, dim: int) -> int:
-        """Channels of ConvFusion's bottleneck for a model of width `dim`.
+        """Channels of a bottleneck for a model of width `dim`.
 
         Raises:
             EDiTConfigError: `compression` does not divide `dim`.

@@ -74,8 +74,13 @@ def merge(weights: EDiTWeights, source: str | os.PathLike[str], output: Path) ->
         the side weights alone, which with the new base are what `weights` are with the old one.
 
     Raises:
-        EDiTError: no differences, or a base that they cannot be baked into.
+        EDiTError: no differences, or nothing but differences, or a base that they cannot be baked into.
     """
+    if not weights.config.side_weights:
+        raise EDiTError(
+            "these EDiT weights are their differences alone: with them baked into a base, nothing is left to say which "
+            "of its blocks are linear"
+        )
     file = BaseFile(source)
     base = file.identify()
     weights.check_base(base)

@@ -15,6 +15,7 @@ from typing import Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from .config import EDiTConfig
 from .errors import EDiTError, EDiTWeightsError
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LowRank",
     "Trainable",
     "check_differences",
+    "check_trainable",
     "count_kinds",
     "group",
     "in_full",
@@ -85,6 +87,40 @@ def initial_differences(
         down = torch.empty(rank, dim).uniform_(-(dim**-0.5), dim**-0.5, generator=generator)
         tensors.update({f"{PREFIX}{path}.lora_A.weight": down, f"{PREFIX}{path}.lora_B.weight": torch.zeros(dim, rank)})
     return tensors
+
+
+def check_trainable(config: EDiTConfig, trainable: Trainable) -> None:
+    """Whether a training would have something to change.
+
+    Raises:
+        EDiTError: it would have nothing.
+    """
+    if trainable == "side" and not config.side_weights:
+        raise EDiTError(
+            "a student with query=plain and key=plain has no side weights, and with trainable=side nothing else is "
+            "trained; choose trainable=low_rank or full"
+        )
+
+
+def width_of(shapes: Mapping[str, tuple[int, ...]], known: Container[str], source: str) -> int:
+    """Channels `C` of the base that differences were made for.
+
+    Args:
+        shapes: of all tensors of a file.
+        known: paths of the linears that may have a difference.
+        source: what to call the file in an error.
+
+    Raises:
+        EDiTWeightsError: there is none to tell it by.
+    """
+    for path, parts in group(shapes).items():
+        shape = parts.get("weight") or parts.get("lora_B.weight") or ()
+        if path in known and len(shape) == 2:
+            return shape[0]
+    raise EDiTWeightsError(
+        f"{source}: holds no {PREFIX}<linear>.weight or .lora_B.weight; with query=plain and key=plain these are all "
+        "that EDiT weights have"
+    )
 
 
 def group(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:

@@ -20,18 +20,35 @@ from torch import Tensor, nn
 from .attention import SITES, LayerFactory
 from .backbones import BACKBONES, Base, identify_module
 from .config import EDiTConfig
-from .differences import Trainable, check_differences, group, initial_differences, modules_of
+from .differences import (
+    Trainable,
+    check_differences,
+    check_trainable,
+    group,
+    initial_differences,
+    modules_of,
+    width_of,
+)
 from .errors import EDiTConfigError, EDiTError, EDiTWeightsError
 from .files import write_file
 from .layers import format_layers, parse_layers
 
-__all__ = ["DTYPES", "EDiTWeights", "LoadReport", "build_sides", "fingerprint", "fingerprint_distance"]
+__all__ = [
+    "DTYPES",
+    "EDiTWeights",
+    "LoadReport",
+    "build_sides",
+    "fingerprint",
+    "fingerprint_distance",
+    "holds_weights",
+]
 
 FORMAT = "edit"
 FORMAT_VERSION = "1"
 _NAME = re.compile(r"(\d{1,6})\.(self|joint)\.(.+)")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored in, by safetensors' names."""
+_MOST_CHANNELS = 65536
 _SAMPLES = 8  # bias values per block in a base's fingerprint
 _SAME_BASE = 0.5  # relative distance of fingerprints; unrelated bases are near 1.4, an fp8 copy is under 0.2
 
@@ -70,7 +87,11 @@ def build_sides(
 
 @dataclass
 class EDiTWeights:
-    """A student's side weights and differences on its base, on the CPU, and what they were made for."""
+    """A student's side weights and differences on its base, on the CPU, and what they were made for.
+
+    A config may leave a student no side weights (`query=plain`, `key=plain`): then it is its differences alone, and
+    the attentions that have one on a linear of theirs are those that it replaces.
+    """
 
     backbone: str
     """`pixart_sigma` or `sd35_medium`."""
@@ -94,22 +115,24 @@ class EDiTWeights:
     ) -> EDiTWeights:
         """Weights that make the student start near its teacher (ours; the paper states no initialisation).
 
-        `Conv1x1'` starts at zero, so that ConvFusion starts as the teacher's query; the compressors start as the 3x3
-        binomial low-pass, so that keys and values start as a smoothed down-sampling of the teacher's (without a
-        stride, as the teacher's own). Nothing of the teacher's weights is copied: its layers stay its own.
+        `Conv1x1'` and an MLP's last linear start at zero, so that queries (and keys that are not compressed) start as
+        the teacher's; the compressors start as the 3x3 binomial low-pass, so that keys and values start as a smoothed
+        down-sampling of the teacher's (without a stride, as the teacher's own). Nothing of the teacher's weights is
+        copied: its layers stay its own.
 
         Args:
             transformer: the teacher, a diffusers transformer or a ComfyUI `diffusion_model`.
             config: the student's choices.
             layers: the blocks to make weights for, `"all"` or `"0, 3-9"`.
-            seed: seeds the 3x3 convolutions and the `A` of low-rank differences, the only random parts.
+            seed: seeds the 3x3 convolutions, an MLP's first linear and the `A` of low-rank differences, the only
+                random parts.
             trainable: `low_rank` or `full` add differences, without an effect yet, on the linears of the replaced
                 attentions, for a training to change.
             rank: of low-rank differences.
 
         Raises:
             EDiTModelError: not a transformer that EDiT knows.
-            EDiTError: a bad `layers` text, or one that names no block; a bad rank.
+            EDiTError: a bad `layers` text, or one that names no block; a bad rank; nothing that could be trained.
         """
         state = transformer.state_dict()
         return cls.init_for(identify_module(transformer), state.__getitem__, config, layers, seed, trainable, rank)
@@ -127,6 +150,7 @@ class EDiTWeights:
     ) -> EDiTWeights:
         """:meth:`init` for a base that need not be in memory: `tensor` gives a few of its biases by name."""
         config = config or EDiTConfig()
+        check_trainable(config, trainable)
         chosen = {block: base.sites[block] for block in parse_layers(layers, base.depth)}
         if not chosen:
             raise EDiTError(f"layers: {layers!r} names no block, so there are no weights to make")
@@ -140,15 +164,13 @@ class EDiTWeights:
     @property
     def sites(self) -> dict[int, tuple[str, ...]]:
         """Which sites of which blocks there are weights for."""
-        found: dict[int, set[str]] = {}
-        for match in filter(None, map(_NAME.fullmatch, self.tensors)):
-            found.setdefault(int(match[1]), set()).add(match[2])
-        return {block: tuple(sorted(found[block])) for block in sorted(found)}
+        return _sites(self.tensors, self.backbone, self.config)
 
     @property
     def dim(self) -> int:
         """Channels `C` of the base that these were made for."""
-        return next(len(t) for name, t in self.tensors.items() if name.endswith("conv_fusion.up.weight"))
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        return _width(shapes, self.backbone, self.config, "these EDiT weights")
 
     def build(
         self,
@@ -324,19 +346,11 @@ class EDiTWeights:
             training = json.loads(metadata.get("training", "{}"))
         except (EDiTConfigError, json.JSONDecodeError, RecursionError) as error:
             raise EDiTWeightsError(f"{path}: its metadata is damaged: {error}") from None
-        ours = {name: match for name in header if (match := _NAME.fullmatch(name))}
-        up = next((name for name in ours if name.endswith("conv_fusion.up.weight")), None)
-        if up is None or len(header[up][0]) != 2:
-            raise EDiTWeightsError(f"{path}: holds no <block>.<site>.conv_fusion.up.weight; it has no EDiT weights")
-        dim, hidden = header[up][0]
-        if dim != hidden * config.compression or dim > 65536 or dim < 1:
-            raise EDiTWeightsError(
-                f"{path}: {up} is {dim}x{hidden}, but compression={config.compression} asks for "
-                f"{dim}x{dim // config.compression}"
-            )
-        found: dict[int, set[str]] = {}
-        for match in ours.values():
-            found.setdefault(int(match[1]), set()).add(match[2])
+        shapes = {name: shape for name, (shape, _) in header.items()}
+        found = _sites(shapes, metadata["backbone"], config)
+        dim = _width(shapes, metadata["backbone"], config, str(path))
+        if not 1 <= dim <= _MOST_CHANNELS:
+            raise EDiTWeightsError(f"{path}: its tensors are for {dim} channels, not for 1 to {_MOST_CHANNELS}")
         expected = build_sides(dim, found, config, device=torch.device("meta")).state_dict()
         if missing := sorted(set(expected) - set(header)):
             raise EDiTWeightsError(f"{path}: {len(missing)} tensors are missing, {missing[0]} among them")
@@ -344,7 +358,6 @@ class EDiTWeights:
             shape = header[name][0]
             if shape != tuple(tensor.shape):
                 raise EDiTWeightsError(f"{path}: {name} is {_by(shape)}, but the config asks for {_by(tensor.shape)}")
-        shapes = {name: shape for name, (shape, _) in header.items()}
         differences = check_differences(shapes, _paths(metadata["backbone"], found), dim, str(path))
         expected.update({name: torch.empty(shapes[name], device="meta") for name in differences})
         for name in expected:
@@ -354,6 +367,46 @@ class EDiTWeights:
         if not isinstance(training, dict):
             raise EDiTWeightsError(f"{path}: its metadata is damaged: training is not a JSON object")
         return cls(metadata["backbone"], config, expected, metadata.get("base_hash", ""), training)
+
+
+def holds_weights(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a file's tensors have names that EDiT weights have."""
+    return any(map(_NAME.fullmatch, shapes)) or bool(group(shapes))
+
+
+def _sites(tensors: Mapping[str, Any], backbone: str, config: EDiTConfig) -> dict[int, tuple[str, ...]]:
+    """The sites that have side weights; where the config has none, those that have a difference."""
+    if config.side_weights:
+        keys = [(int(match[1]), match[2]) for match in map(_NAME.fullmatch, tensors) if match]
+    else:
+        keys = [key for key in map(BACKBONES[backbone].site_of, group(tensors)) if key]
+    found: dict[int, set[str]] = {}
+    for block, site in keys:
+        found.setdefault(block, set()).add(site)
+    return {block: tuple(sorted(found[block])) for block in sorted(found)}
+
+
+def _width(shapes: Mapping[str, tuple[int, ...]], backbone: str, config: EDiTConfig, source: str) -> int:
+    """Channels `C` of the base that tensors were made for.
+
+    Raises:
+        EDiTWeightsError: none of them tells; names `source`, the tensor and the numbers.
+    """
+    if not config.side_weights:
+        return width_of(shapes, _paths(backbone, _sites(shapes, backbone, config)), source)
+    part = {"conv_fusion": "conv_fusion.up", "mlp": "mlp_q.up"}.get(config.query) or (
+        {"compressor": "compress_k.conv", "conv_fusion": "conv_fusion_k.up", "mlp": "mlp_k.up"}[config.key]
+    )
+    name = next((n for n in shapes if (match := _NAME.fullmatch(n)) and match[3] == f"{part}.weight"), None)
+    if name is None or len(shapes[name]) < 2:
+        raise EDiTWeightsError(f"{source}: holds no <block>.<site>.{part}.weight; it has no EDiT weights")
+    dim, hidden = shapes[name][:2]
+    if part.endswith("up") and dim != hidden * config.compression:
+        raise EDiTWeightsError(
+            f"{source}: {name} is {dim}x{hidden}, but compression={config.compression} asks for "
+            f"{dim}x{dim // config.compression}"
+        )
+    return dim
 
 
 def _paths(backbone: str, sites: Mapping[int, Iterable[str]], blocks: Iterable[int] | None = None) -> set[str]:
@@ -368,12 +421,12 @@ def _by(shape: Iterable[int]) -> str:
 
 
 def _initial(name: str, shape: tuple[int, ...], config: EDiTConfig, generator: torch.Generator) -> Tensor:
-    if name.endswith("conv_fusion.down.weight"):
+    if name.endswith(".down.weight"):
         bound = math.sqrt(6 / math.prod(shape[1:]))  # He initialisation for a ReLU-like activation
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    if name.endswith("conv_fusion.norm.weight"):
+    if name.endswith(".norm.weight"):
         return torch.ones(shape)
-    if name.endswith(("compress_k.conv.weight", "compress_v.conv.weight")):
+    if name.endswith(".conv.weight"):  # a compressor's
         row = torch.tensor([0.0, 1.0, 0.0] if config.kv_stride == 1 else [0.25, 0.5, 0.25])
         return torch.outer(row, row).expand(shape).clone()
     return torch.zeros(shape)

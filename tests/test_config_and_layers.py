@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edit_core import EDiTConfig, EDiTConfigError, EDiTError
+from edit_core.config import PRESETS
 from edit_core.layers import format_layers, parse_layers
 
 
@@ -25,11 +26,26 @@ from edit_core.layers import format_layers, parse_layers
         {"eps": 0.0},
         {"eps": float("nan")},
         {"eps": "1e-6"},
+        {"kernel": "gelu"},
+        {"query": True},
+        {"key": "softmax"},
+        {"joint": None},
+        {"kernel": "softmax", "key": "plain"},
+        {"joint": "linear", "kernel": "softmax"},
+        {"normaliser": "exact", "kernel": "softmax"},
+        {"softmax_features": "post", "kernel": "softmax"},
+        {"eps": 1e-4, "kernel": "softmax"},
+        {"normaliser": "exact", "joint": "linear"},
+        {"softmax_features": "post", "joint": "linear"},
+        {"kv_stride": 1, "key": "mlp"},
+        {"groups": 8, "query": "mlp"},
+        {"compression": 2, "query": "plain"},
     ],
 )
 def test_a_wrong_field_is_named(fields: dict[str, Any]) -> None:
-    with pytest.raises(EDiTConfigError, match=next(iter(fields))):
+    with pytest.raises(EDiTConfigError, match=next(iter(fields))) as caught:
         EDiTConfig(**fields)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"compresion": 4}', "[" * 100_000])
@@ -41,6 +57,19 @@ def test_damaged_json_is_a_config_error(text: str) -> None:
 def test_json_round_trip() -> None:
     config = EDiTConfig(compression=2, normaliser="exact", softmax_features="post", kv_stride=1, groups=8, eps=1e-4)
     assert EDiTConfig.from_json(config.to_json()) == config
+
+
+def test_presets_differ_from_the_defaults_as_published() -> None:
+    assert EDiTConfig.preset("paper") == EDiTConfig()
+    for name in PRESETS:
+        config = EDiTConfig.preset(name)
+        assert EDiTConfig.from_json(config.to_json()) == config
+        assert config.side_weights is (name != "sana")
+    assert EDiTConfig.preset("sana", joint="hybrid") == EDiTConfig(query="plain", key="plain")
+    with pytest.raises(EDiTConfigError, match=r"preset must be one of paper, .*, not 'edit'"):
+        EDiTConfig.preset("edit")
+    with pytest.raises(EDiTConfigError, match="kernel=softmax needs key=compressor, not plain"):
+        EDiTConfig.preset("sana", kernel="softmax")
 
 
 def test_compression_must_divide_the_width() -> None:

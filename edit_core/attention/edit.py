@@ -2,6 +2,10 @@
 
 A base model keeps its own linears: it hands in its projections `q, k, v` and gets back what goes into its output
 projection. All tokens are `(B, N, C)`; the specifications are in :mod:`edit_core.attention.naive`.
+
+What EDiT (arXiv 2503.16726) is compared with are other choices of the same parts (:class:`~edit_core.EDiTConfig`): the
+all-linear attention of SANA (arXiv 2410.10629) and of LinFusion (arXiv 2409.02097), and PixArt-Σ's softmax over
+compressed keys and values (arXiv 2403.04692).
 """
 
 from __future__ import annotations
@@ -14,8 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import EDiTConfig
-from .linear import linear_attention, linear_attention_with_normaliser, merge_heads, split_heads
-from .modules import ConvFusion, Grid, LayerFactory, SpatialCompressor
+from .linear import (
+    joint_linear_attention,
+    linear_attention,
+    linear_attention_with_normaliser,
+    merge_heads,
+    split_heads,
+    without_autocast,
+)
+from .modules import ConvFusion, Grid, LayerFactory, MLPFusion, SpatialCompressor
 
 __all__ = ["SITES", "EDiTAttention", "HybridAttention", "Norm", "Projections", "Softmax", "softmax_attention"]
 
@@ -37,6 +48,18 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """PyTorch's fused attention on `(B, N, C)` tokens."""
     q, k, v = (split_heads(t, heads) for t in (q, k, v))  # (B, h, N or M, d)
     return merge_heads(F.scaled_dot_product_attention(q, k, v))
+
+
+def one_plus_elu(tokens: Tensor) -> Tensor:
+    """`1 + ELU(x)`: `exp(x)` below zero, `1 + x` above; LinFusion's features.
+
+    Written so that half precision keeps what is small: `ELU(x) + 1` would round it against 1.
+    """
+    return (tokens.clamp(max=0).exp() + F.relu(tokens)).to(tokens.dtype)
+
+
+KERNELS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "elu": one_plus_elu}
+"""What makes features of queries and keys, by the config's name."""
 
 
 def _normed(tokens: Tensor, heads: int, norm: Norm | None) -> Tensor:
@@ -62,17 +85,38 @@ class EDiTAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.conv_fusion = ConvFusion(dim, config, layers, device, dtype)
-        self.compress_k = SpatialCompressor(dim, config, layers, device, dtype)
-        self.compress_v = SpatialCompressor(dim, config, layers, device, dtype)
+        if config.query == "conv_fusion":
+            self.conv_fusion = ConvFusion(dim, config, layers, device, dtype)
+        elif config.query == "mlp":
+            self.mlp_q = MLPFusion(dim, config, layers, device, dtype)
+        if config.key == "compressor":
+            self.compress_k = SpatialCompressor(dim, config, layers, device, dtype)
+            self.compress_v = SpatialCompressor(dim, config, layers, device, dtype)
+        elif config.key == "conv_fusion":
+            self.conv_fusion_k = ConvFusion(dim, config, layers, device, dtype)
+        elif config.key == "mlp":
+            self.mlp_k = MLPFusion(dim, config, layers, device, dtype)
 
     def features(
         self, x: Tensor, base: Projections, grid: Grid, heads: int, norm_q: Norm | None, norm_k: Norm | None
     ) -> Projections:
-        """Queries `(B, N, C)` and compressed keys and values `(B, M, C)`, normed but not yet rectified."""
-        q = _normed(self.conv_fusion(x, base.q, grid), heads, norm_q)  # (B, N, C)
-        k = _normed(self.compress_k(base.k, grid), heads, norm_k)  # (B, M, C)
-        return Projections(q, k, self.compress_v(base.v, grid))
+        """Queries `(B, N, C)`, keys and values `(B, M, C)`, normed but not yet rectified; `M` is `N` uncompressed."""
+        q, k, v = base
+        if self.config.query == "conv_fusion":
+            q = self.conv_fusion(x, q, grid)  # (B, N, C)
+        elif self.config.query == "mlp":
+            q = self.mlp_q(x, q)  # (B, N, C)
+        if self.config.key == "compressor":
+            k, v = self.compress_k(k, grid), self.compress_v(v, grid)  # (B, M, C)
+        elif self.config.key == "conv_fusion":
+            k = self.conv_fusion_k(x, k, grid)  # (B, N, C)
+        elif self.config.key == "mlp":
+            k = self.mlp_k(x, k)  # (B, N, C)
+        return Projections(_normed(q, heads, norm_q), _normed(k, heads, norm_k), v)
+
+    def rectified(self, tokens: Tensor) -> Tensor:
+        """Non-negative features of queries or keys, `(B, N, C)`."""
+        return KERNELS[self.config.kernel](tokens)
 
     def forward(
         self,
@@ -82,6 +126,7 @@ class EDiTAttention(nn.Module):
         heads: int,
         norm_q: Norm | None = None,
         norm_k: Norm | None = None,
+        softmax: Softmax = softmax_attention,
     ) -> Tensor:
         """Attention of the image tokens to themselves, before the output projection.
 
@@ -92,20 +137,26 @@ class EDiTAttention(nn.Module):
             heads: number of heads `h`.
             norm_q: the base's query norm over `(B, N, h, d)`, or None.
             norm_k: the base's key norm, or None.
+            softmax: the host's attention function, for `kernel=softmax`.
 
         Returns:
             `(B, N, C)`.
         """
-        q, k, v = self.features(x, base, grid, heads, norm_q, norm_k)
-        q, k, v = (split_heads(t, heads) for t in (F.relu(q), F.relu(k), v))  # (B, h, N or M, d)
+        q, k, v = self.features(x, base, grid, heads, norm_q, norm_k)  # (B, N or M, C)
+        if self.config.kernel == "softmax":
+            return softmax(q, k, v, heads)  # (B, N, C)
+        q, k, v = (split_heads(t, heads) for t in (self.rectified(q), self.rectified(k), v))  # (B, h, N or M, d)
         return merge_heads(linear_attention(q, k, v, self.config.eps))  # (B, N, C)
 
 
 class HybridAttention(EDiTAttention):
-    """MM-EDiT's hybrid joint attention: linear between image tokens, softmax wherever the prompt takes part.
+    """Joint attention of image and prompt tokens: the side weights and the function.
 
-    `Y_I = η · LinAttn(Q_I, K_I, V_I) + (1-η) · SDPA(Q_I, K_P, V_P)` and
-    `Y_P = SDPA(Q_P, [K_I; K_P], [V_I; V_P])`. Source: arXiv 2503.16726, MM-EDiT.
+    - MM-EDiT's hybrid, linear between image tokens and softmax wherever the prompt takes part (arXiv 2503.16726):
+      `Y_I = η · LinAttn(Q_I, K_I, V_I) + (1-η) · SDPA(Q_I, K_P, V_P)` and `Y_P = SDPA(Q_P, [K_I; K_P], [V_I; V_P])`.
+    - `joint=linear`, SANA's for two kinds of tokens: `LinAttn([Q_I; Q_P], [K_I; K_P], [V_I; V_P])`.
+    - `kernel=softmax`, PixArt-Σ's KV compression for two kinds: `SDPA([Q_I; Q_P], [K_I; K_P], [V_I; V_P])`, the image's
+      keys and values compressed.
     """
 
     def forward(  # type: ignore[override]
@@ -136,35 +187,70 @@ class HybridAttention(EDiTAttention):
         Returns:
             image rows `(B, N, C)`, and prompt rows `(B, P, C)` or None.
         """
-        q, k, v = self.features(x, base, grid, heads, norm_q, norm_k)
-        q_lin, k_lin = F.relu(q), F.relu(k)
+        image = self.features(x, base, grid, heads, norm_q, norm_k)  # (B, N or M, C)
+        if self.config.kernel == "softmax":
+            return _softmax_rows(image, prompt, heads, softmax, prompt_rows)
+        if self.config.joint == "linear":
+            return self._linear_rows(image, prompt, heads, prompt_rows)
+        return self._hybrid_rows(image, prompt, heads, softmax, prompt_rows)
+
+    def _hybrid_rows(
+        self, image: Projections, prompt: Projections, heads: int, softmax: Softmax, prompt_rows: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = image
+        q_lin, k_lin = self.rectified(q), self.rectified(k)
         if self.config.softmax_features == "post":
             q, k = q_lin, k_lin
         q_heads, k_heads, v_heads = (split_heads(t, heads) for t in (q_lin, k_lin, v))  # (B, h, N or M, d)
         y_lin, z_lin = linear_attention_with_normaliser(q_heads, k_heads, v_heads, self.config.eps)
         if self.config.normaliser == "token_ratio":
             y_soft = softmax(q, prompt.k, prompt.v, heads)  # (B, N, C)
-            share = x.shape[1] / (x.shape[1] + prompt.k.shape[1])
+            share = q.shape[1] / (q.shape[1] + prompt.k.shape[1])
             y_image = torch.lerp(y_soft, merge_heads(y_lin), share)  # (B, N, C)
         else:
             y_image = merge_heads(_exact_share(y_lin, z_lin, q, prompt, heads))  # (B, N, C)
         if not prompt_rows:
             return y_image, None
-        keys, values = torch.cat([k, prompt.k], 1), torch.cat([v, prompt.v], 1)  # (B, M+P, C)
-        return y_image, softmax(prompt.q, keys, values, heads)  # (B, N, C), (B, P, C)
+        return y_image, softmax(prompt.q, *_all_keys(k, v, prompt), heads)  # (B, N, C), (B, P, C)
+
+    def _linear_rows(
+        self, image: Projections, prompt: Projections, heads: int, prompt_rows: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        both = (image, prompt)
+        wanted = both if prompt_rows else (image,)
+        queries = [split_heads(self.rectified(kind.q), heads) for kind in wanted]  # (B, h, N, d), (B, h, P, d)
+        keys_values = [(split_heads(self.rectified(kind.k), heads), split_heads(kind.v, heads)) for kind in both]
+        rows = [merge_heads(y) for y in joint_linear_attention(queries, keys_values, self.config.eps)]
+        return rows[0], rows[1] if prompt_rows else None  # (B, N, C), (B, P, C)
+
+
+def _softmax_rows(
+    image: Projections, prompt: Projections, heads: int, softmax: Softmax, prompt_rows: bool
+) -> tuple[Tensor, Tensor | None]:
+    keys, values = _all_keys(image.k, image.v, prompt)  # (B, M+P, C)
+    # Two calls: the teacher's one would copy the image's queries to put the prompt's behind them.
+    y_image = softmax(image.q, keys, values, heads)  # (B, N, C)
+    return y_image, softmax(prompt.q, keys, values, heads) if prompt_rows else None  # (B, N, C), (B, P, C)
+
+
+def _all_keys(k: Tensor, v: Tensor, prompt: Projections) -> tuple[Tensor, Tensor]:
+    """The image's keys and values and the prompt's, `(B, M+P, C)`."""
+    return torch.cat([k, prompt.k], 1), torch.cat([v, prompt.v], 1)
 
 
 def _exact_share(y_lin: Tensor, z_lin: Tensor, q: Tensor, prompt: Projections, heads: int) -> Tensor:
     """Both branches by the share of their own normalisers; `(B, h, N, d)`.
 
-    Fused attention keeps its normaliser to itself, so the `(B, h, N, P)` logits are written out here.
+    Fused attention keeps its normaliser to itself, so the `(B, h, N, P)` logits are written out here, in the dtype of
+    `z_lin`, at least float32.
     """
-    q, k, v = (split_heads(t, heads) for t in (q, prompt.k, prompt.v))
-    logits = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5  # (B, h, N, P)
-    log_z_soft = logits.logsumexp(-1)  # (B, h, N)
-    y_soft = (logits - log_z_soft.unsqueeze(-1)).exp() @ v.float()  # (B, h, N, d)
-    share = torch.sigmoid(z_lin.log().transpose(1, 2) - log_z_soft).unsqueeze(-1)  # (B, h, N, 1)
-    return torch.lerp(y_soft, y_lin.float(), share).to(y_lin.dtype)
+    q, k, v = (split_heads(t, heads).to(z_lin.dtype) for t in (q, prompt.k, prompt.v))
+    with without_autocast(q.device):
+        logits = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # (B, h, N, P)
+        log_z_soft = logits.logsumexp(-1)  # (B, h, N)
+        y_soft = (logits - log_z_soft.unsqueeze(-1)).exp() @ v  # (B, h, N, d)
+        share = torch.sigmoid(z_lin.log().transpose(1, 2) - log_z_soft).unsqueeze(-1)  # (B, h, N, 1)
+        return torch.lerp(y_soft, y_lin.to(z_lin.dtype), share).to(y_lin.dtype)
 
 
 SITES: dict[str, type[EDiTAttention]] = {"self": EDiTAttention, "joint": HybridAttention}

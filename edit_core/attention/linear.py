@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["linear_attention", "linear_attention_with_normaliser", "merge_heads", "split_heads"]
+__all__ = [
+    "joint_linear_attention",
+    "linear_attention",
+    "linear_attention_with_normaliser",
+    "merge_heads",
+    "split_heads",
+    "without_autocast",
+]
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -19,23 +31,52 @@ def merge_heads(tokens: Tensor) -> Tensor:
 
 
 def linear_attention_with_normaliser(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """:func:`linear_attention` and its denominator `q·Σk + eps`, of shape `(B, N, h)`, float32."""
-    device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):  # which would take the sums in its own dtype
-            return _linear_attention(q, k, v, eps)
-    return _linear_attention(q, k, v, eps)
+    """:func:`linear_attention` and its denominator `q·Σk + eps`, of shape `(B, N, h)`, at least float32."""
+    with without_autocast(q.device):
+        return _read(q, _state(k, v), eps)
 
 
-def _linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    d = v.shape[-1]
-    # Float16 overflows in these sums above ~4k tokens; K and V are a quarter of the tokens, so float32 is cheap.
-    k32, v32 = k.float(), v.float()
-    state = torch.cat([k32.transpose(-1, -2) @ v32, k32.sum(-2).unsqueeze(-1)], dim=-1)  # (B, h, d, d+1)
+def joint_linear_attention(
+    queries: Sequence[Tensor], keys_values: Sequence[tuple[Tensor, Tensor]], eps: float = 1e-6
+) -> list[Tensor]:
+    """:func:`linear_attention` of several kinds of tokens over all of their keys, which are nowhere put together.
+
+    Args:
+        queries: of each kind that is to have rows, `(B, h, N, d)`.
+        keys_values: of each kind, `(B, h, M, d)`; `M` is the kind's own.
+        eps: added to the denominator.
+
+    Returns:
+        the rows of each of the queries, `(B, h, N, d)`.
+    """
+    with without_autocast(queries[0].device):
+        state = reduce(torch.add, (_state(k, v) for k, v in keys_values))  # (B, h, d, d+1)
+        return [_read(q, state, eps)[0] for q in queries]
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For sums and logits that autocast would take in its own dtype."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _state(k: Tensor, v: Tensor) -> Tensor:
+    """What the keys leave of themselves, `Σ_j k_jᵀ [v_j, 1]`: `(B, h, d, d+1)`, float32, or float64 for float64."""
+    # Float16 overflows in these sums above ~4k tokens. Compressed K and V are a quarter of the tokens, so float32 is
+    # cheap; SANA's own code takes it for all of them.
+    wide = torch.promote_types(k.dtype, torch.float32)
+    k, v = k.to(wide), v.to(wide)
+    return torch.cat([k.transpose(-1, -2) @ v, k.sum(-2).unsqueeze(-1)], dim=-1)
+
+
+def _read(q: Tensor, state: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What queries `(B, h, N, d)` find in a state: rows `(B, h, N, d)` and their denominators `(B, N, h)`."""
+    d = q.shape[-1]
     # bfloat16 has float32's range, and its matrix product accumulates in float32. Float16 does not fit the sums.
-    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else state.dtype
     both = q.to(dtype) @ state.to(dtype)  # (B, h, N, d+1)
-    normaliser = both[..., d].float().add(eps).transpose(1, 2).contiguous()  # (B, N, h)
+    normaliser = both[..., d].to(state.dtype).add(eps).transpose(1, 2).contiguous()  # (B, N, h)
     # The first factor's layout decides the result's: the product is written token-major, ready for the projection.
     y = torch.mul(normaliser.reciprocal().to(dtype).unsqueeze(-1), both[..., :d].transpose(1, 2))  # (B, N, h, d)
     return y.to(q.dtype).transpose(1, 2), normaliser
@@ -54,6 +95,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tens
         eps: added to the denominator.
 
     Returns:
-        `(B, h, N, d)` in q's dtype, a view of `(B, N, h, d)` memory. The sums over `j` are taken in float32.
+        `(B, h, N, d)` in q's dtype, a view of `(B, N, h, d)` memory. The sums over `j` are taken in float32, or in
+        float64 for float64.
     """
     return linear_attention_with_normaliser(q, k, v, eps)[0]

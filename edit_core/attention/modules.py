@@ -1,4 +1,4 @@
-"""The two side modules of EDiT: ConvFusion enriches the queries, SpatialCompressor gathers the keys and values.
+"""The side modules: ConvFusion or MLPFusion enrich queries or keys, SpatialCompressor gathers the keys and values.
 
 Tokens `(B, N, C)` over an `(H, W)` grid are NHWC memory: the convolutions run on channels-last views of them.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import EDiTConfig
 
-__all__ = ["ConvFusion", "Grid", "LayerFactory", "SpatialCompressor", "as_nchw", "as_tokens"]
+__all__ = ["ConvFusion", "Grid", "LayerFactory", "MLPFusion", "SpatialCompressor", "as_nchw", "as_tokens"]
 
 Grid = tuple[int, int]
 
@@ -25,6 +25,7 @@ class LayerFactory(Protocol):
     Linear: Any
     Conv2d: Any
     GroupNorm: Any
+    LayerNorm: Any
 
 
 def as_nchw(tokens: Tensor, grid: Grid) -> Tensor:
@@ -38,7 +39,7 @@ def as_tokens(image: Tensor) -> Tensor:
 
 
 class ConvFusion(nn.Module):
-    """Adds what a token's neighbours know to its query.
+    """Adds what a token's neighbours know to its query (or, in an ablation of the paper, to its key).
 
     `q + Conv1x1(LeakyReLU(GroupNorm(Conv3x3(x))))`: the paper's ConvFusion with its 1x1 convolution moved behind the
     base model's query projection, `Linear(X + Conv1x1(u)) = q + (W·W_up) u + W·b_up`, so that the base keeps its own
@@ -65,10 +66,38 @@ class ConvFusion(nn.Module):
         return q + self.up(as_tokens(u))  # (B, N, C)
 
 
+class MLPFusion(nn.Module):
+    """LinFusion's counterpart of ConvFusion: `q + Linear(LeakyReLU(LayerNorm(Linear(x))))`, for queries and for keys.
+
+    Source: arXiv 2409.02097, whose last linear stands in front of the base model's projection; it is moved behind it as
+    :class:`ConvFusion`'s is.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        config: EDiTConfig,
+        layers: LayerFactory = nn,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = config.hidden(dim)
+        self.down = layers.Linear(dim, hidden, device=device, dtype=dtype)
+        self.norm = layers.LayerNorm(hidden, device=device, dtype=dtype)
+        self.up = layers.Linear(hidden, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, q: Tensor) -> Tensor:
+        u = F.leaky_relu(self.norm(self.down(x)))  # (B, N, C/r)
+        return q + self.up(u)  # (B, N, C)
+
+
 class SpatialCompressor(nn.Module):
     """A depthwise 3x3 convolution with a stride: `(B, N, C)` keys or values -> `(B, ceil(H/s)·ceil(W/s), C)`.
 
-    Source: arXiv 2503.16726; the linear in front of it is the base model's own projection.
+    Source: arXiv 2503.16726; the linear in front of it is the base model's own projection. KV compression
+    (`kernel=softmax`) compresses with it too, where PixArt-Σ's own code (arXiv 2403.04692) has one convolution without
+    overlap for keys and values both, and a LayerNorm behind it.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """The specification: the paper's formulas written out as plainly as they allow. Quadratic, slow, and only for tests.
 
-Source of all formulas: "EDiT: Efficient Diffusion Transformers with Linear Compressed Attention", arXiv 2503.16726.
-`p` is the state of one site as it stands in a weights file: `conv_fusion.down.weight` and so on.
+Source: "EDiT: Efficient Diffusion Transformers with Linear Compressed Attention", arXiv 2503.16726; of what it is
+compared with, SANA (arXiv 2410.10629), LinFusion (arXiv 2409.02097) and PixArt-Σ (arXiv 2403.04692). `p` is the state
+of one site as it stands in a weights file: `conv_fusion.down.weight` and so on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from torch import Tensor
 
 from ..config import EDiTConfig
 
-__all__ = ["conv_fusion", "edit_attention", "hybrid_attention", "linear_attention", "literal_query"]
+__all__ = [
+    "conv_fusion",
+    "edit_attention",
+    "hybrid_attention",
+    "linear_attention",
+    "literal_mlp",
+    "literal_query",
+    "mlp_fusion",
+    "softmax_attention",
+]
 
 Params = Mapping[str, Tensor]
 Norm = Callable[[Tensor], Tensor]
@@ -28,6 +38,17 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tens
     return similarity @ v / (similarity.sum(-1, keepdim=True) + eps)
 
 
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`y_i = Σ_j softmax_j(q_i·k_j / √d) v_j`; shapes as for :func:`linear_attention`."""
+    logits = torch.einsum("bhnd,bhmd->bhnm", q, k) * q.shape[-1] ** -0.5
+    return logits.softmax(-1) @ v
+
+
+def _kernel(t: Tensor, config: EDiTConfig) -> Tensor:
+    """Linear attention's features: `ReLU(t)`, or LinFusion's `1 + ELU(t)`."""
+    return F.relu(t) if config.kernel == "relu" else 1 + F.elu(t)
+
+
 def _image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return rearrange(tokens, "b (h w) c -> b c h w", h=grid[0], w=grid[1]).contiguous()
 
@@ -36,29 +57,48 @@ def _tokens(image: Tensor) -> Tensor:
     return rearrange(image, "b c h w -> b (h w) c")
 
 
-def _bottleneck(x: Tensor, p: Params, grid: tuple[int, int], config: EDiTConfig) -> Tensor:
+def _bottleneck(x: Tensor, p: Params, name: str, grid: tuple[int, int], config: EDiTConfig) -> Tensor:
     """`LeakyReLU(GroupNorm(Conv3x3(X)))`, `(B, C/r, H, W)`."""
-    u = F.conv2d(_image(x, grid), p["conv_fusion.down.weight"], p["conv_fusion.down.bias"], padding=1)
+    u = F.conv2d(_image(x, grid), p[f"{name}.down.weight"], p[f"{name}.down.bias"], padding=1)
     groups = math.gcd(config.groups, u.shape[1])
-    return F.leaky_relu(F.group_norm(u, groups, p["conv_fusion.norm.weight"], p["conv_fusion.norm.bias"]))
+    return F.leaky_relu(F.group_norm(u, groups, p[f"{name}.norm.weight"], p[f"{name}.norm.bias"]))
 
 
 def _conv1x1(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _tokens(F.conv2d(u, weight[:, :, None, None], bias))
 
 
-def conv_fusion(x: Tensor, q: Tensor, p: Params, grid: tuple[int, int], config: EDiTConfig) -> Tensor:
+def conv_fusion(
+    x: Tensor, q: Tensor, p: Params, grid: tuple[int, int], config: EDiTConfig, name: str = "conv_fusion"
+) -> Tensor:
     """The built form: `q + Conv1x1'(LeakyReLU(GroupNorm(Conv3x3(X))))`, `(B, N, C)`."""
-    u = _bottleneck(x, p, grid, config)
-    return q + _conv1x1(u, p["conv_fusion.up.weight"], p["conv_fusion.up.bias"])
+    u = _bottleneck(x, p, name, grid, config)
+    return q + _conv1x1(u, p[f"{name}.up.weight"], p[f"{name}.up.bias"])
 
 
 def literal_query(
     x: Tensor, weight: Tensor, bias: Tensor, p: Params, grid: tuple[int, int], config: EDiTConfig
 ) -> Tensor:
     """The paper's form: `ReLU(Linear(X + Conv1x1(LeakyReLU(GroupNorm(Conv3x3(X))))))`, `(B, N, C)`."""
-    u = _bottleneck(x, p, grid, config)
+    u = _bottleneck(x, p, "conv_fusion", grid, config)
     return F.relu(F.linear(x + _conv1x1(u, p["conv_fusion.up.weight"], p["conv_fusion.up.bias"]), weight, bias))
+
+
+def _mlp(x: Tensor, p: Params, name: str) -> Tensor:
+    """`Linear(LeakyReLU(LayerNorm(Linear(X))))`, `(B, N, C)`."""
+    u = F.linear(x, p[f"{name}.down.weight"], p[f"{name}.down.bias"])
+    u = F.leaky_relu(F.layer_norm(u, u.shape[-1:], p[f"{name}.norm.weight"], p[f"{name}.norm.bias"]))
+    return F.linear(u, p[f"{name}.up.weight"], p[f"{name}.up.bias"])
+
+
+def mlp_fusion(x: Tensor, q: Tensor, p: Params, name: str = "mlp_q") -> Tensor:
+    """The built form of LinFusion's: `q + Linear'(LeakyReLU(LayerNorm(Linear(X))))`, `(B, N, C)`."""
+    return q + _mlp(x, p, name)
+
+
+def literal_mlp(x: Tensor, weight: Tensor, bias: Tensor, p: Params) -> Tensor:
+    """LinFusion's form: `1 + ELU(Linear(X + Linear(LeakyReLU(LayerNorm(Linear(X))))))`, `(B, N, C)`."""
+    return 1 + F.elu(F.linear(x + _mlp(x, p, "mlp_q"), weight, bias))
 
 
 def _compress(tokens: Tensor, p: Params, name: str, grid: tuple[int, int], config: EDiTConfig) -> Tensor:
@@ -78,9 +118,18 @@ def _features(
     norm_k: Norm | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unrectified `q (B,h,N,d)`, `k, v (B,h,M,d)`."""
-    q = rearrange(conv_fusion(x, base[0], p, grid, config), "b n (h d) -> b h n d", h=heads)
-    k = rearrange(_compress(base[1], p, "compress_k", grid, config), "b m (h d) -> b h m d", h=heads)
-    v = rearrange(_compress(base[2], p, "compress_v", grid, config), "b m (h d) -> b h m d", h=heads)
+    q, k, v = base
+    if config.query == "conv_fusion":
+        q = conv_fusion(x, q, p, grid, config)
+    if config.query == "mlp":
+        q = mlp_fusion(x, q, p)
+    if config.key == "compressor":
+        k, v = _compress(k, p, "compress_k", grid, config), _compress(v, p, "compress_v", grid, config)
+    if config.key == "conv_fusion":
+        k = conv_fusion(x, k, p, grid, config, "conv_fusion_k")
+    if config.key == "mlp":
+        k = mlp_fusion(x, k, p, "mlp_k")
+    q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (q, k, v))
     return (norm_q(q) if norm_q else q), (norm_k(k) if norm_k else k), v
 
 
@@ -96,7 +145,11 @@ def edit_attention(
 ) -> Tensor:
     """Linear compressed attention before the output projection; all tokens `(B, N, C)`."""
     q, k, v = _features(x, base, p, grid, heads, config, norm_q, norm_k)
-    return rearrange(linear_attention(F.relu(q), F.relu(k), v, config.eps), "b h n d -> b n (h d)")
+    if config.kernel == "softmax":
+        y = softmax_attention(q, k, v)
+    else:
+        y = linear_attention(_kernel(q, config), _kernel(k, config), v, config.eps)
+    return rearrange(y, "b h n d -> b n (h d)")
 
 
 def hybrid_attention(
@@ -110,22 +163,40 @@ def hybrid_attention(
     norm_q: Norm | None = None,
     norm_k: Norm | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """MM-EDiT's joint attention before the output projections: image rows `(B, N, C)`, prompt rows `(B, P, C)`.
+    """The joint attention before the output projections: image rows `(B, N, C)`, prompt rows `(B, P, C)`.
+
+    MM-EDiT's hybrid; or, where the config says so, all-linear or softmax attention over the keys of both.
+    """
+    q, k, v = _features(x, base, p, grid, heads, config, norm_q, norm_k)
+    q_p, k_p, v_p = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in prompt)
+    if config.kernel == "softmax" or config.joint == "linear":
+        queries, keys, values = torch.cat([q, q_p], 2), torch.cat([k, k_p], 2), torch.cat([v, v_p], 2)
+        if config.kernel == "softmax":
+            y = softmax_attention(queries, keys, values)
+        else:
+            y = linear_attention(_kernel(queries, config), _kernel(keys, config), values, config.eps)
+        y_image, y_prompt = y[:, :, : q.shape[2]], y[:, :, q.shape[2] :]
+    else:
+        y_image, y_prompt = _hybrid(q, k, v, q_p, k_p, v_p, config)
+    return rearrange(y_image, "b h n d -> b n (h d)"), rearrange(y_prompt, "b h n d -> b n (h d)")
+
+
+def _hybrid(
+    q: Tensor, k: Tensor, v: Tensor, q_p: Tensor, k_p: Tensor, v_p: Tensor, config: EDiTConfig
+) -> tuple[Tensor, Tensor]:
+    """MM-EDiT's rows, `(B, h, N, d)` and `(B, h, P, d)`.
 
     `exact` is written as one joint normalisation: the weights of an image row over all image and prompt keys,
     `q·k` and `exp(q·k/√d)`, divided by their common sum.
     """
-    q, k, v = _features(x, base, p, grid, heads, config, norm_q, norm_k)
-    q_p, k_p, v_p = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in prompt)
-    q_soft, k_soft = (F.relu(q), F.relu(k)) if config.softmax_features == "post" else (q, k)
-    scale = q.shape[-1] ** -0.5
-    logits = torch.einsum("bhnd,bhpd->bhnp", q_soft, k_p) * scale
+    q_lin, k_lin = _kernel(q, config), _kernel(k, config)
+    q_soft, k_soft = (q_lin, k_lin) if config.softmax_features == "post" else (q, k)
     if config.normaliser == "token_ratio":
-        share = x.shape[1] / (x.shape[1] + k_p.shape[2])
-        y_image = share * linear_attention(F.relu(q), F.relu(k), v, config.eps) + (1 - share) * logits.softmax(-1) @ v_p
+        share = q.shape[2] / (q.shape[2] + k_p.shape[2])
+        y_lin, y_soft = linear_attention(q_lin, k_lin, v, config.eps), softmax_attention(q_soft, k_p, v_p)
+        y_image = share * y_lin + (1 - share) * y_soft
     else:
-        weights = torch.cat([torch.einsum("bhnd,bhmd->bhnm", F.relu(q), F.relu(k)), logits.exp()], -1)
+        logits = torch.einsum("bhnd,bhpd->bhnp", q_soft, k_p) * q.shape[-1] ** -0.5
+        weights = torch.cat([torch.einsum("bhnd,bhmd->bhnm", q_lin, k_lin), logits.exp()], -1)
         y_image = weights @ torch.cat([v, v_p], 2) / (weights.sum(-1, keepdim=True) + config.eps)
-    keys, values = torch.cat([k_soft, k_p], 2), torch.cat([v, v_p], 2)
-    y_prompt = (torch.einsum("bhnd,bhmd->bhnm", q_p, keys) * scale).softmax(-1) @ values
-    return rearrange(y_image, "b h n d -> b n (h d)"), rearrange(y_prompt, "b h n d -> b n (h d)")
+    return y_image, softmax_attention(q_p, torch.cat([k_soft, k_p], 2), torch.cat([v, v_p], 2))

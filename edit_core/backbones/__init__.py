@@ -39,7 +39,10 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
     ("attn.add_k_proj.", "a Stable Diffusion 3 without attn2 (SD3-Medium or SD3.5-Large, diffusers names)"),
     ("input_blocks.", "a UNet (Stable Diffusion 1, 2 or XL)"),
     ("down_blocks.0.", "a UNet or a VAE (diffusers names)"),
-    ("conv_fusion.", "EDiT weights; these go to EDiTLoadWeights or --weights, and are not a base model"),
+    *(
+        (part, "EDiT weights; these go to EDiTLoadWeights or --weights, and are not a base model")
+        for part in ("conv_fusion", "compress_k.", "mlp_q.", "mlp_k.", "base.transformer_blocks.")
+    ),
     ("lora", "a LoRA, not a base model"),
     ("encoder.block.", "a T5 text encoder, not a base model"),
     ("text_model.", "a CLIP text encoder, not a base model"),

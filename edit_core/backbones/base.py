@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from ..attention import EDiTAttention, Grid
 from ..processors import Processor
 
 __all__ = ["Backbone", "Base", "BaseLinear", "HostCall", "Shapes", "attention_linears", "count_blocks"]
+
+_BLOCK = re.compile(r"transformer_blocks\.(\d{1,6})\.")
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Names of a model's tensors and their shapes, without any prefix."""
@@ -99,6 +102,8 @@ class Backbone(ABC):
     """As in a weights file's metadata."""
     title: ClassVar[str]
     """As people call it."""
+    sites: ClassVar[tuple[str, ...]]
+    """The sites that a block can have."""
 
     @abstractmethod
     def match(self, shapes: Shapes) -> Base | None:
@@ -111,6 +116,15 @@ class Backbone(ABC):
     @abstractmethod
     def linears(self, block: int, site: str) -> tuple[BaseLinear, ...]:
         """The linears that a site can have; see :meth:`Base.linears` for those that a base does have."""
+
+    def site_of(self, path: str) -> tuple[int, str] | None:
+        """The block and the site whose linear has this diffusers path; None where there is none."""
+        if match := _BLOCK.match(path):
+            block = int(match[1])
+            for site in self.sites:
+                if any(linear.diffusers == path for linear in self.linears(block, site)):
+                    return block, site
+        return None
 
     # diffusers
 

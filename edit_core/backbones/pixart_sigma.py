@@ -23,6 +23,7 @@ _OUTPUT_BIAS = {"comfy": "blocks.{}.attn.proj.bias", "diffusers": "transformer_b
 class PixArtSigma(Backbone):
     name = "pixart_sigma"
     title = "PixArt-Σ"
+    sites = ("self",)
 
     def match(self, shapes: Shapes) -> Base | None:
         for host, bias in _OUTPUT_BIAS.items():
@@ -64,7 +65,7 @@ class PixArtSigma(Backbone):
         self, module: Any, sides: Mapping[str, EDiTAttention], call: HostCall, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         base = Projections(*module.qkv(x).chunk(3, dim=-1))  # 3 x (B, N, C)
-        y = sides["self"](x, base, call.grid, module.num_heads)  # (B, N, C)
+        y = sides["self"](x, base, call.grid, module.num_heads, softmax=call.softmax)  # (B, N, C)
         return module.proj(y)
 
 

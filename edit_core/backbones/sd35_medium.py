@@ -35,6 +35,7 @@ _PROMPT_ROWS = ("add_q_proj", "to_add_out")  # what only the attention's prompt 
 class SD35Medium(Backbone):
     name = "sd35_medium"
     title = "Stable Diffusion 3.5-Medium"
+    sites = ("joint", "self")
 
     def match(self, shapes: Shapes) -> Base | None:
         for host, bias in _OUTPUT_BIAS.items():
@@ -115,7 +116,9 @@ class SD35Medium(Backbone):
         shift2, scale2, gate2 = second
         modulated2 = _modulate(normed, shift2, scale2)  # (B, N, C)
         attn2 = image_block.attn2
-        y_self = sides["self"](modulated2, _projections(attn2, modulated2), call.grid, heads, attn2.ln_q, attn2.ln_k)
+        y_self = sides["self"](
+            modulated2, _projections(attn2, modulated2), call.grid, heads, attn2.ln_q, attn2.ln_k, softmax
+        )  # (B, N, C)
         rest = (x, gate, shift_mlp, scale_mlp, gate_mlp, gate2)
         return context_out, image_block.post_attention_x(y_image, y_self, *rest)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from ..backbones import BACKBONES
-from ..config import EDiTConfig
+from ..config import CHOICES, PRESETS, EDiTConfig
 from ..differences import Trainable
 from ..runtime import DTYPES, usable_device
 
@@ -41,13 +41,29 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
 
 
+_FIELDS = {
+    "kernel": "what makes features of queries and keys; softmax stays quadratic, over compressed keys",
+    "query": "what is added to the base's queries",
+    "key": "what becomes of the base's keys, and with compressor of its values",
+    "joint": "SD3.5: joint attentions are linear between image tokens alone, or between all",
+}
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="paper", help="a published attention; what follows changes its fields"
+    )
     parser.add_argument(
         "--compression",
         type=int,
-        default=EDiTConfig.compression,
-        help="ConvFusion works on this many times fewer channels",
+        default=argparse.SUPPRESS,
+        help="ConvFusion, or LinFusion's MLP, works on this many times fewer channels "
+        f"(default: {EDiTConfig.compression})",
     )
+    for name, text in _FIELDS.items():
+        parser.add_argument(
+            f"--{name}", choices=CHOICES[name], default=argparse.SUPPRESS, help=f"{text} (default: the preset's)"
+        )
     parser.add_argument("--layers", default="all", help='transformer blocks: "all", "none" or "0, 3-9, 27"')
 
 
@@ -62,7 +78,8 @@ def add_trainable_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: Any) -> EDiTConfig:
-    return EDiTConfig(compression=options.compression)
+    given = {name: value for name, value in vars(options).items() if name in ("compression", *_FIELDS)}
+    return EDiTConfig.preset(options.preset, **given)
 
 
 def device_of(options: Any) -> torch.device:

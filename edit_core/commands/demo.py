@@ -61,7 +61,9 @@ def run(options: Any) -> Result:
 
 def _compare(backbone: str, options: Any, device: torch.device, output: Path) -> dict[str, Any]:
     transformer = random_transformer(backbone, options.blocks, DTYPES[options.dtype], options.size).to(device)
-    weights = EDiTWeights.init(transformer, config_of(options))
+    config = config_of(options)
+    # Without side weights the smallest differences stand for a student's.
+    weights = EDiTWeights.init(transformer, config, trainable="side" if config.side_weights else "low_rank", rank=1)
     draw = _sampler(backbone, transformer, options)
     teacher, teacher_seconds = draw(f"{backbone}, teacher")
     with apply_edit(transformer, weights, layers=options.layers):

@@ -10,7 +10,7 @@ from typing import Any
 from ..basefile import BaseFile
 from ..differences import count_kinds
 from ..layers import format_layers
-from ..weights import EDiTWeights, fingerprint
+from ..weights import EDiTWeights, fingerprint, holds_weights
 from .common import Result
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: Any) -> Result:
     path = Path(options.file)
     file = BaseFile(path)
-    if path.is_file() and any(".conv_fusion." in key for key in file.shapes):
+    if path.is_file() and holds_weights(file.shapes):
         return _weights(path, options.base)
     base = file.identify()
     data = {

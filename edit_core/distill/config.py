@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..config import EDiTConfig
-from ..differences import Trainable
+from ..differences import Trainable, check_trainable
 from ..errors import EDiTConfigError
 from .objective import Weighting
 
@@ -127,7 +127,7 @@ class RunConfig(Strict):
     output: Path
     """Folder for checkpoints, logs and the student; made if need be."""
     student: dict[str, Any] = Field(default_factory=dict)
-    """Fields of EDiTConfig that differ from its defaults."""
+    """Fields of EDiTConfig that differ from its defaults, or, with `preset: sana` among them, from that preset's."""
     layers: str = "all"
     """Blocks to make linear."""
     trainable: Trainable = "side"
@@ -159,12 +159,13 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _student(self) -> RunConfig:
-        self.edit_config()
+        check_trainable(self.edit_config(), self.trainable)
         return self
 
     def edit_config(self) -> EDiTConfig:
+        fields = {"preset": "paper", **self.student}
         try:
-            return EDiTConfig(**self.student)
+            return EDiTConfig.preset(fields.pop("preset"), **fields)
         except TypeError as error:
             raise ValueError(f"student: {error}") from None
 
