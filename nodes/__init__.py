@@ -6,10 +6,13 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apply import EDiTApply, EDiTInit
 from .files import EDiTLoadModel, EDiTLoadWeights, EDiTSaveWeights, register_model_folder
+from .small_world import EDiTSmallWorldText, register_small_world
 
 __all__ = ["comfy_entrypoint"]
 
-NODES: list[type[io.ComfyNode]] = [EDiTLoadModel, EDiTLoadWeights, EDiTApply, EDiTInit, EDiTSaveWeights]
+NODES: list[type[io.ComfyNode]] = [
+    EDiTLoadModel, EDiTLoadWeights, EDiTApply, EDiTInit, EDiTSaveWeights, EDiTSmallWorldText,
+]  # fmt: skip
 
 
 class EDiTExtension(ComfyExtension):
@@ -19,4 +22,5 @@ class EDiTExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> EDiTExtension:
     register_model_folder()
+    register_small_world()
     return EDiTExtension()

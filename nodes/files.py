@@ -17,6 +17,7 @@ from ..edit_core.backbones import Base, identify
 from ..edit_core.basefile import BaseFile
 from .apply import CATEGORY, Weights
 from .patcher import apply_to_model
+from .small_world import is_small_pixart, load_small_pixart
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,11 @@ class EDiTLoadModel(io.ComfyNode):
         path = model_path(model_name)
         base = identify_file(path, model_name)
         logger.info("EDiT: %s is %s", model_name, base)
-        model = comfy.sd.load_diffusion_model(path, model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+        options = dict(WEIGHT_DTYPES[weight_dtype])
+        if is_small_pixart(base):
+            model = load_small_pixart(path, base.depth, options)
+        else:
+            model = comfy.sd.load_diffusion_model(path, model_options=options)
         if edit_weights != NO_WEIGHTS:
             model = apply_to_model(model, load_weights(edit_weights))
         return io.NodeOutput(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from pathlib import Path
@@ -40,12 +39,7 @@ def results(files: Path) -> Any:
         if checkout not in done:
             base = files.parent / f"{files.name}-{checkout.name}"
             subprocess.run(["cp", "-r", files, base], check=True)
-            models_folder = base / "models/diffusion_models"
-            command = [comfy.interpreter(checkout), INSIDE, checkout, base, comfy.PACK, models_folder]
-            process = subprocess.run(command, capture_output=True, text=True, cwd=base)
-            written = base / "results.json"
-            assert written.is_file(), process.stdout[-3000:] + process.stderr[-3000:]
-            done[checkout] = base, json.loads(written.read_text())
+            done[checkout] = base, comfy.run_checks(INSIDE, checkout, base)
         return done[checkout]
 
     return run
@@ -71,6 +65,9 @@ def test_inside_comfyui(checkout: Path, check: str, backbone: str, results: Any)
         ("edit", "40x34"),
         ("low_rank", "34x40"),
         ("full", "34x40"),
+        ("sana", "34x40"),
+        ("linfusion", "34x40"),
+        ("kv_compression", "34x40"),
     ],
 )
 @pytest.mark.parametrize("backbone", models.BACKBONES)

@@ -17,7 +17,19 @@ import pytest
 from PIL import Image
 from support import comfy, models, workflows
 from support.server import PACK_NAME, Server, ServerError
-from support.workflows import HEIGHT, NAMES, WIDTH, WORKFLOWS, Prompt, api_file, draw, read_api, small, write_stand_ins
+from support.workflows import (
+    HEIGHT,
+    NAMES,
+    TEXT_LOADERS,
+    WIDTH,
+    WORKFLOWS,
+    Prompt,
+    api_file,
+    draw,
+    read_api,
+    small,
+    write_stand_ins,
+)
 
 server = workflows.server
 NOTES = ("MarkdownNote", "Note")
@@ -47,6 +59,7 @@ def test_api_workflow_draws_its_pictures(server: Server, name: str) -> None:
     for image in pictures.values():
         assert image.shape == (HEIGHT, WIDTH, 3)
         assert image.std() > 10
+    assert len({image.tobytes() for image in pictures.values()}) == len(pictures)
 
 
 @pytest.mark.parametrize("backbone", models.BACKBONES)
@@ -237,9 +250,9 @@ def test_template_note_names_every_file_and_its_folder(name: str) -> None:
         for value in node["inputs"].values():
             if isinstance(value, str) and value.endswith(".safetensors"):
                 assert f"`{value.rpartition('/')[2]}`" in note
-    plain = name in models.BACKBONES
-    folders = ["diffusion_models", "text_encoders", "vae", *([] if plain else ["edit"])]
-    for folder in folders:
+    folders = {"EDiTLoadModel": "diffusion_models", "VAELoader": "vae", "EDiTLoadWeights": "edit"}
+    folders |= dict.fromkeys(TEXT_LOADERS, "text_encoders")
+    for folder in {folders[node["class_type"]] for node in read_api(name).values() if node["class_type"] in folders}:
         assert f"models/{folder}" in note
 
 

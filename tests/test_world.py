@@ -21,7 +21,7 @@ from edit_core.world.reader import accuracy, read
 from edit_core.world.scenes import COLOURS, GROUNDS, SPECIALS, TEXTURES, Scene
 from edit_core.world.teachers import build
 from edit_core.world.text import POOLED, TOKENS, VOCABULARY, WIDTH, WorldText
-from edit_core.world.train import Stage, Trainer, load_teacher
+from edit_core.world.train import Stage, Trainer, load_run
 from edit_core.world.vae import Decoder, comfyui_state, tiny
 from edit_core.world.vae import train as train_decoder
 
@@ -284,7 +284,7 @@ def test_a_training_learns_and_goes_on_as_if_it_had_not_stopped(
     rest = Trainer(backbone, tmp_path, rate=3e-3, stages=stages)
     rest.resume()
     assert [rest.step()[0] for _ in range(2)] == losses[2:4]
-    name, model = load_teacher(tmp_path)
+    name, model = load_run(tmp_path)
     assert name == backbone
     pictures = draw(backbone, model, ["a big red cross at the top left, on sand rows"] * 2, [0, 1], 96, 64, steps=2)
     assert pictures.shape == (2, 64, 96, 3) and pictures.dtype == torch.uint8
@@ -297,6 +297,6 @@ def test_a_training_learns_and_goes_on_as_if_it_had_not_stopped(
 def test_runs_evaluate_log_and_save(tmp_path: Path) -> None:
     trainer = Trainer("pixart_sigma", tmp_path, stages=(Stage(1 << 62, 2, ((64, 64),)),))
     trainer.run(minutes=0.02, save_every=0, evaluate_every=60)
-    assert trainer.steps > 0 and load_teacher(tmp_path)[0] == "pixart_sigma"
+    assert trainer.steps > 0 and load_run(tmp_path)[0] == "pixart_sigma"
     result = trainer.evaluate(2, side=128)
     assert 0 <= result["all"] <= 1 and list((tmp_path / "pictures").glob("*.png"))

@@ -166,13 +166,16 @@ def _scheduler(folder: Path) -> Any:
 
 
 def _vae(folder: Path) -> Any:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
     path = folder / "vae"
-    if not (path / "config.json").is_file():
-        raise EDiTModelError(f"{path / 'config.json'}: there is no such file; a pipeline's folder has one")
-    loaded: Any = AutoencoderKL
+    config = path / "config.json"
+    if not config.is_file():
+        raise EDiTModelError(f"{config}: there is no such file; a pipeline's folder has one")
+    classes = {c.__name__: c for c in (AutoencoderKL, AutoencoderTiny)}
     try:
+        name = json.loads(config.read_text("utf-8"))["_class_name"]
+        loaded: Any = classes[name]
         vae = loaded.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True)
     except Exception as error:  # diffusers raises every kind there is for a damaged folder
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import EDiTModelError
 from .codec import CHANNELS
 from .text import POOLED, WIDTH
 
-__all__ = ["MAX_TOKENS", "build", "scheduler"]
+__all__ = ["HEADS", "HEAD_WIDTH", "MAX_TOKENS", "build", "position_table", "scheduler"]
 
+HEADS = {"pixart_sigma": 5, "sd35_medium": 3}
+HEAD_WIDTH = {"pixart_sigma": 32, "sd35_medium": 64}
+"""Channels per head; a teacher's channels are those of all its heads."""
 MAX_TOKENS = 64
 """Per side of the largest picture: 1024 pixels."""
 
@@ -31,14 +34,15 @@ def build(backbone: str, seed: int = 0) -> Any:
         from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
     except ImportError:
         raise EDiTModelError("this needs diffusers: install edit-attention[diffusers]") from None
+    heads, width = HEADS[backbone], HEAD_WIDTH[backbone]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if backbone == "pixart_sigma":
             # Positions run from 0 to 32 at every size: with sample_size 64 and scale 1 ComfyUI computes the same ones.
             model: Any = PixArtTransformer2DModel(
-                num_attention_heads=5,
-                attention_head_dim=32,
-                cross_attention_dim=160,
+                num_attention_heads=heads,
+                attention_head_dim=width,
+                cross_attention_dim=heads * width,
                 num_layers=6,
                 caption_channels=WIDTH,
                 sample_size=64,
@@ -50,9 +54,9 @@ def build(backbone: str, seed: int = 0) -> Any:
             # ComfyUI takes width = 64 x heads and counts the blocks; three are what 10 MB hold at a width that
             # exceeds a patch's 64 values well.
             model = SD3Transformer2DModel(
-                num_attention_heads=3,
-                attention_head_dim=64,
-                caption_projection_dim=192,
+                num_attention_heads=heads,
+                attention_head_dim=width,
+                caption_projection_dim=heads * width,
                 num_layers=3,
                 in_channels=CHANNELS[backbone],
                 out_channels=CHANNELS[backbone],
@@ -79,6 +83,19 @@ def scheduler(backbone: str) -> Any:
     if backbone == "pixart_sigma":
         return DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
     return FlowMatchEulerDiscreteScheduler(shift=1.0)
+
+
+def position_table() -> Tensor:
+    """What the small SD3.5 adds to its tokens, `(1, MAX_TOKENS * MAX_TOKENS, channels)`; diffusers' to the bit.
+
+    Sines and cosines of a token's column, then of its row (from "Attention Is All You Need", arXiv 1706.03762).
+    """
+    quarter = HEADS["sd35_medium"] * HEAD_WIDTH["sd35_medium"] // 4
+    frequencies = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.outer(torch.arange(MAX_TOKENS, dtype=torch.float64), frequencies)
+    places = torch.cat([angles.sin(), angles.cos()], dim=1)  # (MAX_TOKENS, channels / 2)
+    columns, rows = places.repeat(MAX_TOKENS, 1), places.repeat_interleave(MAX_TOKENS, dim=0)
+    return torch.cat([columns, rows], dim=1).float()[None]
 
 
 def _zero(layer: nn.Linear) -> None:

@@ -41,12 +41,12 @@ from .scenes import Scene
 from .teachers import build
 from .text import WorldText
 
-__all__ = ["Stage", "Trainer", "load_teacher", "main"]
+__all__ = ["Stage", "Trainer", "load_run", "main"]
 
 STATE = "state.safetensors"
 HELD_OUT = 1 << 40
 """Scenes from this seed on are never trained on."""
-_DROPOUT, _WARMUP, _CONSTANT, _EMA = 0.1, 200, 2000, 0.999
+_DROPOUT, _WARMUP, _CONSTANT, _FALL, _EMA = 0.1, 200, 2000, 0.2, 0.999
 _UNIFORM = 0.15
 """Share of PixArt's times that are drawn uniformly, so that every time is trained on."""
 _LOG_EVERY = 25
@@ -64,9 +64,8 @@ class Stage(NamedTuple):
 # As the real models were trained: what a caption means is learnt at few tokens, where a sample costs a quarter, then
 # the size grows. Batches are small since steps are what a young model lacks. The last stage has no end.
 STAGES = (
-    Stage(4000, 24, ((128, 128),)),
-    Stage(8000, 16, ((192, 192), (192, 192), (160, 240), (240, 160))),
-    Stage(16000, 12, ((256, 256), (256, 256), (256, 256), (320, 208), (208, 320))),
+    Stage(2000, 24, ((128, 128),)),
+    Stage(8000, 12, ((256, 256), (256, 256), (256, 256), (320, 208), (208, 320))),
     Stage(1 << 62, 8, ((256, 256), (320, 320), (384, 384), (384, 256), (256, 384))),
 )
 
@@ -78,6 +77,7 @@ class Trainer:
         backbone: `pixart_sigma` or `sd35_medium`.
         output: the run's folder.
         rate: learning rate after the warm-up; it falls with the root of the steps, so that a run may end any time.
+        finish: the step at which a run does end; over the last fifth of the steps before it the rate falls to zero.
         stages: see :class:`Stage`.
         seed: of the weights and of the samples' numbers.
         muon: or AdamW alone.
@@ -91,7 +91,9 @@ class Trainer:
         stages: Sequence[Stage] = STAGES,
         seed: int = 0,
         muon: bool = True,
+        finish: int | None = None,
     ) -> None:
+        self.finish = finish
         self.backbone, self.output, self.rate, self.stages, self.seed = backbone, output, rate, stages, seed
         self.text = WorldText()
         self.model: Any = build(backbone, seed).train()
@@ -126,6 +128,8 @@ class Trainer:
         self.optimiser.zero_grad()
         loss.backward()
         rate = self.rate * min(1, (self.steps + 1) / _WARMUP) / max(1, self.steps / _CONSTANT) ** 0.5
+        if self.finish:
+            rate *= min(1, (self.finish - self.steps) / (_FALL * self.finish))
         norm = self.optimiser.step(rate)
         decay = min(_EMA, self.steps / (self.steps + 10))
         torch._foreach_lerp_(self._parameters[0], self._parameters[1], 1 - decay)
@@ -161,7 +165,7 @@ class Trainer:
     def evaluate(self, count: int = 32, side: int | None = None) -> dict[str, float]:
         """Draws held-out captions with the averaged weights, reads the pictures, and saves the first in a grid."""
         stage = next(s for s in self.stages if self.steps < s.until)
-        side = side or max(192, stage.sizes[0][0])
+        side = side or stage.sizes[0][0]
         scenes = [Scene.random(HELD_OUT + i) for i in range(count)]
         captions, seeds = [scene.caption for scene in scenes], list(range(count))
         pictures = draw(self.backbone, self.average, captions, seeds, side, side)
@@ -178,7 +182,7 @@ class Trainer:
             file.write(json.dumps(values) + "\n")
 
     def run(self, minutes: float, save_every: float = 3.0, evaluate_every: float = 12.0) -> None:
-        """Trains for so many minutes, or until SIGTERM or SIGINT; saves at the end and in between."""
+        """Trains for so many minutes, to its last step, or until SIGTERM or SIGINT; saves at the end and in between."""
         stopped = False
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -189,7 +193,7 @@ class Trainer:
         start = saved = looked = ticked = time.monotonic()
         losses: list[tuple[float, float, float]] = []
         try:
-            while not stopped and time.monotonic() - start < minutes * 60:
+            while not stopped and time.monotonic() - start < minutes * 60 and self.steps != self.finish:
                 losses.append(self.step())
                 now = time.monotonic()
                 self.seconds, ticked = self.seconds + now - ticked, now
@@ -233,7 +237,7 @@ def _noised(backbone: str, latent: Tensor, generators: Sequence[torch.Generator]
     return add_noise(backbone, latent, noise, timestep), weights[timestep].float()
 
 
-def load_teacher(path: Path) -> tuple[str, Any]:
+def load_run(path: Path) -> tuple[str, Any]:
     """A run's backbone and its transformer with the averaged weights.
 
     Args:
@@ -270,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backbone", choices=["pixart_sigma", "sd35_medium"], required=True)
     parser.add_argument("--output", type=Path, required=True, help="the run's folder")
     parser.add_argument("--minutes", type=float, default=120, help="stop after so long")
+    parser.add_argument("--finish", type=int, help="the last step; the rate falls to zero over the last fifth")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes")
     parser.add_argument("--adamw", action="store_true", help="without Muon")
@@ -277,7 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # two runs side by side are faster than one on two cores
     options.output.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(options.backbone, options.output, options.rate, seed=options.seed, muon=not options.adamw)
+    trainer = Trainer(
+        options.backbone, options.output, options.rate, seed=options.seed, muon=not options.adamw, finish=options.finish
+    )
     if options.resume:
         trainer.resume()
     elif (options.output / STATE).exists():

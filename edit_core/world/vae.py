@@ -25,7 +25,7 @@ from ..files import write_file
 from .codec import CHANNELS, basis, encode
 from .scenes import Scene
 
-__all__ = ["SCALE", "Decoder", "comfyui_state", "tiny", "train"]
+__all__ = ["SCALE", "Decoder", "comfyui_state", "from_comfyui", "tiny", "train"]
 
 SCALE = 4.0
 """Latents are divided by this in the file: the decoder's first layer, `3 tanh(x / 3)`, is nearly linear there."""
@@ -93,6 +93,21 @@ def comfyui_state(backbone: str, vae: Any) -> dict[str, Tensor]:
         # ComfyUI counts the decoder's clamp as a layer.
         state[f"taesd_{side}.{int(index) + (side == 'decoder')}.{rest}"] = value.contiguous()
     return state
+
+
+def from_comfyui(state: dict[str, Tensor]) -> Any:
+    """The `AutoencoderTiny` of such a file, in float32."""
+    from diffusers import AutoencoderTiny
+
+    own = {}
+    for key, value in state.items():
+        if key not in ("vae_scale", "vae_shift"):
+            side, index, rest = key.removeprefix("taesd_").split(".", 2)
+            own[f"{side}.layers.{int(index) - (side == 'decoder')}.{rest}"] = value
+    channels = own["decoder.layers.0.weight"].shape[1]
+    vae: Any = AutoencoderTiny(latent_channels=channels, scaling_factor=SCALE)
+    vae.load_state_dict(own)
+    return vae.eval().requires_grad_(False)
 
 
 def _set_encoder(layers: Any, backbone: str) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import logging
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,11 @@ import torch
 from safetensors.torch import save_file
 
 import comfy.lora
+import comfy.model_management
 import comfy.sample
 import comfy.sd
 import comfy.utils
+import folder_paths
 import nodes
 
 BACKBONES = ("pixart_sigma", "sd35_medium")
@@ -153,8 +159,9 @@ def user_error(part: str, call, *a: Any, **k: Any) -> str:
     raise AssertionError(f"no error; expected one with {part!r}")
 
 
-def record(model: Any, name: str, height: int, width: int) -> None:
-    """Saves what goes into and comes out of one call of the model, for the outer test to give to diffusers."""
+@contextlib.contextmanager
+def recorded(model: Any, name: str):
+    """Saves what goes into and comes out of a call of the model, for the outer test to give to diffusers."""
     caught: dict[str, Any] = {}
 
     def hook(module: Any, hook_args: Any, kwargs: Any, output: Any) -> None:
@@ -162,6 +169,40 @@ def record(model: Any, name: str, height: int, width: int) -> None:
         caught.update({k: v for k, v in kwargs.items() if k in ("context", "y") and torch.is_tensor(v)})
 
     handle = model.model.diffusion_model.register_forward_hook(hook, with_kwargs=True)
-    sample(model, height, width, steps=1)
+    yield
     handle.remove()
-    save_file({k: v.clone().contiguous() for k, v in caught.items()}, BASE / f"{name}-{height}x{width}.safetensors")
+    save_file({k: v.clone().contiguous() for k, v in caught.items()}, BASE / f"{name}.safetensors")
+
+
+def record(model: Any, name: str, height: int, width: int) -> None:
+    with recorded(model, f"{name}-{height}x{width}"):
+        sample(model, height, width, steps=1)
+
+
+async def load_nodes() -> None:
+    await nodes.load_custom_node(str(PACK))
+    assert "EDiTApply" in nodes.NODE_CLASS_MAPPINGS, "the pack did not load"
+    for extra in ("nodes_slg.py", "nodes_sd3.py"):
+        await nodes.load_custom_node(str(CHECKOUT / "comfy_extras" / extra), module_parent="comfy_extras")
+
+
+def main(names: dict[str, Any]) -> None:
+    """Runs every check among the names for both backbones, and writes the results."""
+    logging.getLogger().setLevel(logging.INFO)  # as main.py does
+    folder_paths.add_model_folder_path("diffusion_models", str(FILES))
+    asyncio.run(load_nodes())
+    results = {}
+    for name, check in names.items():
+        if not name.startswith("check_"):
+            continue
+        for b in BACKBONES:
+            started = time.perf_counter()
+            try:
+                outcome: dict[str, Any] = {"ok": True, "figures": check(b)}
+            except Exception:
+                outcome = {"ok": False, "error": traceback.format_exc()}
+            outcome["seconds"] = round(time.perf_counter() - started, 2)
+            results[f"{name}[{b}]"] = outcome
+            comfy.model_management.unload_all_models()
+            print(name, b, "ok" if outcome["ok"] else "FAILED\n" + outcome["error"], outcome["seconds"], flush=True)
+    (BASE / "results.json").write_text(json.dumps(results, indent=1))

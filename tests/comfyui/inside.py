@@ -6,25 +6,18 @@ is written to BASE_DIRECTORY/results.json. A check returns figures to show; it f
 
 from __future__ import annotations
 
-import asyncio
 import copy
-import json
-import logging
-import time
-import traceback
 from typing import Any
 
 from host import (  # first, since it readies ComfyUI to be imported
     BACKBONES,
-    BASE,
-    CHECKOUT,
     FILES,
-    PACK,
     apply,
     error,
     load,
     logged,
     lora_for,
+    main,
     merged,
     record,
     run,
@@ -42,7 +35,6 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.sd
-import folder_paths
 import nodes
 
 
@@ -434,35 +426,4 @@ def check_checkpoint_keys_are_unchanged(b: str) -> Any:
     return None
 
 
-# --- running them -----------------------------------------------------------------------------------------------------
-
-
-async def load_nodes() -> None:
-    await nodes.load_custom_node(str(PACK))
-    assert "EDiTApply" in nodes.NODE_CLASS_MAPPINGS, "the pack did not load"
-    for extra in ("nodes_slg.py", "nodes_sd3.py"):
-        await nodes.load_custom_node(str(CHECKOUT / "comfy_extras" / extra), module_parent="comfy_extras")
-
-
-def main() -> None:
-    logging.getLogger().setLevel(logging.INFO)  # as main.py does
-    folder_paths.add_model_folder_path("diffusion_models", str(FILES))
-    asyncio.run(load_nodes())
-    results = {}
-    for name, check in {**globals(), **vars(inside_differences)}.items():
-        if not name.startswith("check_"):
-            continue
-        for b in BACKBONES:
-            started = time.perf_counter()
-            try:
-                outcome: dict[str, Any] = {"ok": True, "figures": check(b)}
-            except Exception:
-                outcome = {"ok": False, "error": traceback.format_exc()}
-            outcome["seconds"] = round(time.perf_counter() - started, 2)
-            results[f"{name}[{b}]"] = outcome
-            comfy.model_management.unload_all_models()
-            print(name, b, "ok" if outcome["ok"] else "FAILED\n" + outcome["error"], outcome["seconds"], flush=True)
-    (BASE / "results.json").write_text(json.dumps(results, indent=1))
-
-
-main()
+main({**globals(), **vars(inside_differences)})

@@ -38,12 +38,16 @@ def changed(model: Any, b: str, kind: str) -> Any:
     """The test's weights with differences that matter, and without."""
     w = weights(b)
     made = type(w).init(model.get_model_object("diffusion_model"), w.config, trainable=kind, rank=4)
-    g = torch.Generator().manual_seed(11)
     differences = {name: t for name, t in made.tensors.items() if name.startswith("base.")}
-    for name, t in differences.items():
-        scale = 0.01 if name.endswith(".weight") and kind == "full" else 0.05
-        t += scale * torch.randn(t.shape, generator=g)
+    shake(differences, 0.01 if kind == "full" else 0.05)
     return replace(w, tensors={**w.tensors, **differences}), w
+
+
+def shake(tensors: dict[str, torch.Tensor], scale: float) -> None:
+    """Makes every tensor matter; `scale` is that of weights."""
+    g = torch.Generator().manual_seed(11)
+    for name, t in tensors.items():
+        t += (scale if name.endswith(".weight") else 0.05) * torch.randn(t.shape, generator=g)
 
 
 def check_differences_equal_diffusers(b: str) -> Any:
@@ -53,6 +57,23 @@ def check_differences_equal_diffusers(b: str) -> Any:
         w, _ = changed(base, b, kind)
         w.save(BASE / f"{b}-{kind}.safetensors")
         record(apply(base, w), f"{b}-{kind}", 34, 40)
+
+
+def check_baselines_equal_diffusers(b: str) -> Any:
+    """Runs students by the methods that EDiT is compared with; the outer test compares with diffusers."""
+    base, made = load(b, "fp32"), weights(b)
+    plain, errors = draw(base), {}
+    for preset in ("sana", "linfusion", "kv_compression"):
+        config = type(made.config).preset(preset)
+        w = type(made).init(base.get_model_object("diffusion_model"), config, trainable="low_rank", rank=4)
+        shake(w.tensors, 0.05)
+        w.save(BASE / f"{b}-{preset}.safetensors")
+        patched = apply(base, w)
+        record(patched, f"{b}-{preset}", 34, 40)
+        errors[preset] = error(draw(patched), plain)
+        same(draw(base), plain, f"base after {preset}")
+    assert min(errors.values()) > 1e-3, errors
+    return errors
 
 
 def check_differences_are_unloaded_and_stack_with_loras(b: str) -> Any:

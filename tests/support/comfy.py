@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,6 +38,16 @@ def interpreter(checkout: Path) -> str:
         return named
     places = [checkout / venv / part for venv in (".venv", "venv") for part in ("bin/python", "Scripts/python.exe")]
     return str(next((p for p in places if p.is_file()), sys.executable))
+
+
+def run_checks(script: Path, checkout: Path, base: Path) -> dict[str, Any]:
+    """What the checks of a script in `comfyui/` gave, run inside a ComfyUI with this base directory; by check."""
+    models_folder = base / "models/diffusion_models"
+    command = [interpreter(checkout), script, checkout, base, PACK, models_folder]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=base)
+    written = base / "results.json"
+    assert written.is_file(), process.stdout[-3000:] + process.stderr[-3000:]
+    return json.loads(written.read_text())
 
 
 def base_model(backbone: str) -> torch.nn.Module:

@@ -18,11 +18,12 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from safetensors.torch import save_file
 
-from . import comfy, models
+from . import comfy, models, world
 from .server import Run, Server
 
 WORKFLOWS = comfy.PACK / "workflows"
 NAMES = [backbone + kind for backbone in models.BACKBONES for kind in ("", "_edit", "_ab")]
+NAMES += [f"small_world_{backbone}_ab" for backbone in models.BACKBONES]
 WIDTH, HEIGHT = 320, 256  # PixArt in ComfyUI needs a mean side of more than 256
 TEXT_LOADERS = ("CLIPLoader", "TripleCLIPLoader")
 
@@ -88,6 +89,7 @@ def write_stand_ins(base: Path) -> Path:
     for backbone in models.BACKBONES:
         bases, edits = folder / "diffusion_models", folder / "edit"
         name_files(folder, backbone, bases / f"{backbone}.safetensors", edits / f"{backbone}.safetensors")
+    world.write_files(folder)  # found before what the pack ships under the same names
     return folder
 
 

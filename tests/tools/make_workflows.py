@@ -64,7 +64,7 @@ def small_model(backbone: str, title: str, latent: str, sampler: str, scheduler:
     """One of the small models that come with the pack, with the sampler that it was judged with."""
     return Model(
         name=f"small_world_{backbone}",
-        title=f"small world's {title}",
+        title=f"small {title}",
         file=shipped("diffusion_models", backbone).name,
         source="",
         text_loader="EDiTSmallWorldText",
@@ -274,10 +274,11 @@ def small_note_of(model: Model, kind: str) -> str:
         f"- of models/diffusion_models: `{model.file}`, the teacher",
         f"- of models/vae: `{model.vae}`",
         f"- of models/edit: `{model.edit_file}`, EDiT weights that were distilled from it", "",
-        "Nothing has to be downloaded, and it runs on a CPU in seconds.", "",
+        "Nothing has to be downloaded, and a CPU is enough.", "",
         "### What it is", "",
         "A model of the real architecture with a few million parameters, which has seen nothing but drawn scenes. Load "
-        "it with *EDiT: Load Model*; everything else is as for the real one.", "",
+        "it with *EDiT: Load Model* and encode text with *EDiT: Small World Text Encoder*; everything else is as for "
+        "the real one.", "",
         "### What to ask for", "",
         "One to three shapes, each with its size, colour and place, then the ground:", "",
         f"- shapes: {', '.join(SHAPES)}; large (big) or small (little)",
