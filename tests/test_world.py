@@ -52,7 +52,7 @@ def test_a_seed_gives_the_same_scene_everywhere() -> None:
     for seed in range(20):
         scene = Scene.random(seed)
         digest.update(scene.caption.encode() + scene.draw(192, 128).tobytes())
-    assert digest.hexdigest() == "8455291ddad44b315ed465a18f110671754c7c22fb2ee536fc39d3afcf63b242"
+    assert digest.hexdigest() == "834cd6a6bde24b4b65fe19f8c0830f381526c3ef47792f9567d84a67fe2197d7"
 
 
 def test_scenes_differ_in_everything() -> None:
@@ -148,7 +148,7 @@ def test_the_reader_notices_broken_relations(pictures: list[Any]) -> None:
     for scene, picture in zip(SCENES, pictures, strict=True):
         broken = picture.copy()
         if scene.special == "mirror":
-            broken[:, 128:] = dataclasses.replace(scene, detail=scene.detail + 1).draw(256, 256)[:, :128]
+            broken[:, 128:] = np.roll(picture[:, 128:], 64, axis=0)
             result = read(broken, scene)
             assert not result["mirror"]
             if scene.texture == "grain":
@@ -276,16 +276,16 @@ def test_a_training_learns_and_goes_on_as_if_it_had_not_stopped(
     monkeypatch.setattr("edit_core.world.train._WARMUP", 1)
     stages = (Stage(1 << 62, 4, ((64, 64), (96, 64))),)
     whole = Trainer(backbone, tmp_path, rate=3e-3, stages=stages)
-    losses = [whole.step()[0] for _ in range(16)]
-    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    losses = [whole.step()[0] for _ in range(24)]
+    assert sum(losses[-8:]) < 0.95 * sum(losses[:8])
     half = Trainer(backbone, tmp_path, rate=3e-3, stages=stages)
     assert [half.step()[0] for _ in range(2)] == losses[:2]
     half.save()
     rest = Trainer(backbone, tmp_path, rate=3e-3, stages=stages)
     rest.resume()
     assert [rest.step()[0] for _ in range(2)] == losses[2:4]
-    name, model = load_run(tmp_path)
-    assert name == backbone
+    about, model = load_run(tmp_path)
+    assert about["backbone"] == backbone
     pictures = draw(backbone, model, ["a big red cross at the top left, on sand rows"] * 2, [0, 1], 96, 64, steps=2)
     assert pictures.shape == (2, 64, 96, 3) and pictures.dtype == torch.uint8
     assert not torch.equal(pictures[0], pictures[1])
@@ -297,6 +297,6 @@ def test_a_training_learns_and_goes_on_as_if_it_had_not_stopped(
 def test_runs_evaluate_log_and_save(tmp_path: Path) -> None:
     trainer = Trainer("pixart_sigma", tmp_path, stages=(Stage(1 << 62, 2, ((64, 64),)),))
     trainer.run(minutes=0.02, save_every=0, evaluate_every=60)
-    assert trainer.steps > 0 and load_run(tmp_path)[0] == "pixart_sigma"
+    assert trainer.steps > 0 and load_run(tmp_path)[0]["backbone"] == "pixart_sigma"
     result = trainer.evaluate(2, side=128)
     assert 0 <= result["all"] <= 1 and list((tmp_path / "pictures").glob("*.png"))

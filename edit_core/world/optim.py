@@ -2,7 +2,8 @@
 
 Muon orthogonalises the momentum of each matrix (Jordan et al., "Muon: an optimizer for hidden layers in neural
 networks", 2024); the factor that makes its steps as large as AdamW's is that of "Muon is Scalable for LLM Training"
-(arXiv 2502.16982). Small transformers need markedly fewer steps with it.
+(arXiv 2502.16982). Small transformers need markedly fewer steps with it. torch.optim.Muon works in bfloat16, which most
+CPUs emulate, and on one matrix at a time; this one is float32 and takes all matrices of a shape together.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ class Scene:
 
     def _ground(self, rng: np.random.Generator, width: int, height: int) -> npt.NDArray[np.float32]:
         half = PERIOD / 2 * min(width, height)
-        phases = rng.random(2) * 2
+        phases = rng.integers(0, 4, 2) / 2  # in quarters of a period: every place of a picture has to agree on them
         lines = ((np.arange(height) + 0.5) / half + phases[0]).astype(np.int64) % 2 * 2 - 1  # -1 or 1
         posts = ((np.arange(width) + 0.5) / half + phases[1]).astype(np.int64) % 2 * 2 - 1
         if self.texture == "rows":

@@ -237,8 +237,8 @@ def _noised(backbone: str, latent: Tensor, generators: Sequence[torch.Generator]
     return add_noise(backbone, latent, noise, timestep), weights[timestep].float()
 
 
-def load_run(path: Path) -> tuple[str, Any]:
-    """A run's backbone and its transformer with the averaged weights.
+def load_run(path: Path) -> tuple[dict[str, Any], Any]:
+    """What a run tells of itself (`backbone`, `steps`, `samples`) and its transformer with the averaged weights.
 
     Args:
         path: the run's folder.
@@ -249,7 +249,7 @@ def load_run(path: Path) -> tuple[str, Any]:
     about, tensors = _read(path / STATE)
     model = build(about["backbone"])
     model.load_state_dict(_part(tensors, "average."))
-    return about["backbone"], model.eval().requires_grad_(False)
+    return about, model.eval().requires_grad_(False)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
