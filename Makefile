@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types bench bench-training kills clean
+.PHONY: demo test lint types bench bench-training world kills clean
 
 demo: $(READY)
 	$(BIN)/python -m edit_core demo
@@ -34,6 +34,12 @@ bench: $(READY)
 # What a training costs, at the real models' width, for docs/training.md: half an hour and 16 GB on two cores.
 bench-training: $(READY)
 	$(BIN)/python tests/tools/bench_engine.py
+	$(BIN)/python tests/tools/fill_readme.py
+
+# The small world's table: trains and judges every student that docs/world.json lacks; half an hour each on one core.
+world: $(READY)
+	$(BIN)/python -m edit_core.world.table --backbone pixart_sigma
+	$(BIN)/python -m edit_core.world.table --backbone sd35_medium
 	$(BIN)/python tests/tools/fill_readme.py
 
 # Twenty kills of a training of each backbone at random moments; `make test` has two.

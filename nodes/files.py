@@ -70,7 +70,7 @@ def missing_file(folder: str, name: str | None) -> str | None:
     """For `validate_inputs`: a sentence if a chosen file is not there (ComfyUI 0.3 does not check V3 lists)."""
     if name is None or folder_paths.get_full_path(folder, name):
         return None
-    hint = "; no distilled EDiT weights are published yet, see the pack's README" if folder == FOLDER else ""
+    hint = "; none are published for the real models yet, see the pack's README" if folder == FOLDER else ""
     return f"{name!r} is not in models/{folder}{hint}"
 
 

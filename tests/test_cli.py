@@ -136,17 +136,17 @@ def test_bench_measures_both_models_and_saves(tmp_path: Path, capsys: pytest.Cap
         assert m["ratio"] > 0
 
 
-def test_demo_draws_and_restores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_draws_with_teacher_and_student_and_restores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
-    status, out, _ = run(
-        capsys, "demo", "--size", 128, "--blocks", 1, "--steps", 2, "--output", tmp_path / "out", "--json"
-    )
+    options = ("--size", 128, "--pictures", 2, "--steps", 2, "--output", tmp_path / "out", "--json")
+    status, out, _ = run(capsys, "demo", *options)
     assert status == 0
     for row in json.loads(out):
         assert row["restored"] is True
-        assert 0 < row["relative_difference"] < 0.5
-        assert Image.open(row["picture"]).size == (1168, 408)
+        assert row["large"]["student"] > 0
+        assert 0 <= row["right"]["student"] <= 1
+        assert Image.open(row["sheet"]).size == (260, 392)
 
 
 def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,8 @@ def test_tables_are_those_of_the_measurements() -> None:
     assert fill.filled(README) == README
     guide = (comfy.PACK / "docs" / "training.md").read_text(encoding="utf-8")
     assert fill.filled_training(guide) == guide
+    world = (comfy.PACK / "docs" / "world.md").read_text(encoding="utf-8")
+    assert fill.filled_world(world) == world
 
 
 def test_every_node_and_command_is_named() -> None:

@@ -18,7 +18,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from safetensors.torch import save_file
 
-from . import comfy, models, world
+from . import comfy, models
 from .server import Run, Server
 
 WORKFLOWS = comfy.PACK / "workflows"
@@ -80,7 +80,8 @@ def random_vae(channels: int) -> dict[str, torch.Tensor]:
 
 
 def write_stand_ins(base: Path) -> Path:
-    """A models folder with a file under every name that the workflows ask for; returns it."""
+    """A models folder with a file under every name that the workflows ask for, but the small world's, whose files the
+    pack ships; returns it."""
     comfy.write_files(base)
     folder = base / "models"
     for name in ("vae", "text_encoders"):
@@ -89,7 +90,6 @@ def write_stand_ins(base: Path) -> Path:
     for backbone in models.BACKBONES:
         bases, edits = folder / "diffusion_models", folder / "edit"
         name_files(folder, backbone, bases / f"{backbone}.safetensors", edits / f"{backbone}.safetensors")
-    world.write_files(folder)  # found before what the pack ships under the same names
     return folder
 
 
@@ -129,12 +129,14 @@ def small(prompt: Prompt, seed: int) -> Prompt:
     return prompt
 
 
-def draw(server: Server, name: str, seed: int = 1, edit_name: str | None = None) -> dict[str, np.ndarray[Any, Any]]:
+def draw(
+    server: Server, name: str, seed: int = 1, edit_name: str | None = None, whole: bool = False
+) -> dict[str, np.ndarray[Any, Any]]:
     """The pictures of a workflow, newly sampled, by the file name prefix that they were saved under.
 
-    `edit_name` are other EDiT weights than the workflow asks for.
+    `edit_name` are other EDiT weights than the workflow asks for; `whole` leaves its steps, sizes and seed as they are.
     """
-    prompt = small(read_api(name), seed)
+    prompt = read_api(name) if whole else small(read_api(name), seed)
     for node in prompt.values():
         if edit_name and node["class_type"] == "EDiTLoadWeights":
             node["inputs"]["edit_name"] = edit_name

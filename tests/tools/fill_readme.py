@@ -1,16 +1,19 @@
-"""Writes the tables of README.md and docs/training.md from the measurements in docs/: `tests/tools/fill_readme.py`."""
+"""Writes the tables of README.md and of docs/*.md from the measurements in docs/: `tests/tools/fill_readme.py`."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from edit_core.backbones import BACKBONES
 from edit_core.bench import Measurement, table
+from edit_core.world.table import METHODS, TEACHER
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASUREMENTS, TRAINING = ROOT / "docs" / "bench_cpu.json", ROOT / "docs" / "bench_training.json"
+WORLD = ROOT / "docs" / "world.json"
 
 
 def between(text: str, mark: str, new: str) -> str:
@@ -71,10 +74,63 @@ def filled_training(guide: str) -> str:
     return between(guide, "training", "\n".join(lines))
 
 
+def world_table(rows: list[dict[str, Any]], backbone: str) -> str:
+    """One line per method: means over seeds, with their spread where there are several."""
+    lines = [
+        "| method | seeds | attributes right, 256² | of these long-range | 384² | Fréchet, 256² | error of "
+        "the prediction | trained, M | GFLOPs at 1024² | speed at 1024² |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    methods = dict.fromkeys(row["method"] for row in rows if row["backbone"] == backbone)
+    for method in sorted(methods, key=[TEACHER, *METHODS].index):
+        found = [row for row in rows if row["backbone"] == backbone and row["method"] == method]
+
+        def mean(*path: str, form: str = "{:.1%}", found: list[dict[str, Any]] = found) -> str:
+            values = []
+            for row in found:
+                value: Any = row
+                for key in path:
+                    value = value.get(key, {}) if isinstance(value, dict) else value
+                values.append(value)
+            if values[0] == {}:
+                return "–"
+            spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+            return form.format(statistics.fmean(values)) + spread
+
+        for row in found:
+            if cost := row.get("cost 1024"):
+                row["speed"], row["gflops"] = cost["teacher_seconds"] / cost["seconds"], cost["flops"] / 1e9
+                row["millions"] = row["trained"] / 1e6
+        cells = [
+            method.replace("_", " "), str(len(found)), mean("256", "all"), mean("256", "long_range"),
+            mean("384", "all"), mean("256", "frechet", form="{:.1f}"),
+            mean("distance 256", "prediction", form="{:.4f}"), mean("millions", form="{:.2f}"),
+            mean("gflops", form="{:.1f}"), mean("speed", form="{:.2f}×"),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def filled_world(guide: str) -> str:
+    """The small world's page with its results."""
+    rows = json.loads(WORLD.read_text(encoding="utf-8"))
+    for backbone in BACKBONES:
+        guide = between(guide, backbone, world_table(rows, backbone))
+    return guide
+
+
 def _about(backbone: str, run: dict[str, Any]) -> str:
     return f"| {BACKBONES[backbone].title} | {run['blocks']} | {run['resolution']}² | {run['dtype']} | "
 
 
+PAGES = {
+    ROOT / "README.md": filled,
+    ROOT / "docs" / "training.md": filled_training,
+    ROOT / "docs" / "world.md": filled_world,
+}
+"""Pages, and what fills their tables."""
+
+
 if __name__ == "__main__":
-    for path, fill in ((ROOT / "README.md", filled), (ROOT / "docs" / "training.md", filled_training)):
+    for path, fill in PAGES.items():
         path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,70 @@
+"""Puts a trained teacher, its decoder or a student among the shipped files: `python -m edit_core.world.ship` (ours)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ..weights import EDiTWeights
+from . import judge
+from .codec import CHANNELS
+from .files import save_teacher, save_vae, shipped
+from .reader import accuracy, read
+from .train import load_run
+from .vae import Decoder, tiny
+
+__all__ = ["main"]
+
+SIZE = 256
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m edit_core.world.ship",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--backbone", choices=[*CHANNELS], required=True)
+    parser.add_argument("--run", type=Path, help="the folder of a teacher's training")
+    parser.add_argument("--pictures", type=int, default=128, help="with --run: that its accuracy is measured on")
+    parser.add_argument("--decoder", type=Path, help="a decoder's .safetensors")
+    parser.add_argument("--student", type=Path, help="EDiT weights for the shipped teacher")
+    options = parser.parse_args(arguments)
+    backbone: str = options.backbone
+    torch.set_num_threads(1)
+    if options.run:
+        about, transformer = load_run(options.run)
+        asked = judge.scenes(options.pictures)
+        drawn = judge.pictures(backbone, transformer, asked, SIZE)
+        right = accuracy([read(picture.numpy(), scene) for picture, scene in zip(drawn, asked, strict=True)])
+        training = {"steps": about["steps"], "samples": about["samples"], f"accuracy at {SIZE}": right}
+        path = _place("diffusion_models", backbone)
+        save_teacher(path, backbone, transformer, training)
+        print(f"{path}: {right['all']:.1%} of the attributes right; {right}")
+    if options.decoder:
+        decoder = Decoder(CHANNELS[backbone])
+        decoder.load_state_dict(load_file(options.decoder))
+        path = _place("vae", backbone)
+        save_vae(path, backbone, tiny(backbone, decoder), {})
+        print(path)
+    if options.student:
+        weights = EDiTWeights.load(options.student)
+        half = {name: tensor.half() for name, tensor in weights.tensors.items()}
+        path = _place("edit", backbone)
+        replace(weights, tensors=half).save(path)
+        print(path)
+
+
+def _place(kind: str, backbone: str) -> Path:
+    path = shipped(kind, backbone)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+if __name__ == "__main__":
+    main()

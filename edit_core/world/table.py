@@ -1,0 +1,143 @@
+"""The small world's table: trains students by every method and judges them, `python -m edit_core.world.table` (ours).
+
+A row is a backbone, a method and a seed. Rows that the results have already are left alone, so that methods and seeds
+can be added later; a training that was stopped goes on where it was. `teacher` is judged first, for each backbone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import EDiTWeights, apply_edit
+from ..distill.config import load_config
+from ..distill.engine import Engine
+from ..distill.sampling import grid, png
+from ..distill.teacher import load_teacher
+from ..files import write_file
+from . import classifier, judge
+from .codec import CHANNELS
+from .data import main as make_cache
+from .files import export_pipeline
+
+__all__ = ["METHODS", "TEACHER", "main", "missing"]
+
+TEACHER = "teacher"
+METHODS: dict[str, dict[str, Any]] = {
+    "edit": {},
+    "sana": {"student": {"preset": "sana"}},
+    "linfusion": {"student": {"preset": "linfusion"}},
+    "kv_compression": {"student": {"preset": "kv_compression"}},
+    "no_conv_fusion": {"student": {"query": "plain"}},
+    "conv_fusion_on_keys": {"student": {"key": "conv_fusion"}},
+    "no_compression": {"student": {"key": "plain"}},
+    "exact": {"student": {"normaliser": "exact"}},
+    "features_after_relu": {"student": {"softmax_features": "post"}},
+    "side_alone": {"trainable": "side"},
+    "no_transfer": {},
+}
+"""What differs from the committed configuration, `world_<backbone>`."""
+MAIN = ("edit", "sana", "linfusion", "kv_compression")
+"""What is trained from three seeds; the others from one."""
+JOINT = ("exact", "features_after_relu")
+"""What only a joint attention has."""
+SIZES = (256, 384)
+"""Pixels per side of what is drawn; students are trained at the first."""
+COST_SIZES = (256, 1024)
+SHOWN = 8
+"""Pictures that are kept of every row."""
+
+
+def missing(rows: Sequence[dict[str, Any]], backbone: str) -> list[tuple[str, int]]:
+    """Methods and seeds of a backbone that are not in the results, in the order of worth."""
+    wanted = [(TEACHER, 0), *((method, 0) for method in METHODS if backbone == "sd35_medium" or method not in JOINT)]
+    wanted += [(method, seed) for seed in (1, 2) for method in MAIN]
+    found = {(row["method"], row["seed"]) for row in rows if row["backbone"] == backbone}
+    return [row for row in wanted if row not in found]
+
+
+def train(backbone: str, method: str, seed: int, folder: Path) -> Path:
+    """Trains a student, or goes on with it; returns its file."""
+    config = load_config(f"world_{backbone}")
+    changes: dict[str, Any] = {
+        "model": folder / "teacher", "cache": str(folder / "cache"), "output": folder / f"{method}-{seed}",
+        "seed": seed, **METHODS[method],
+    }  # fmt: skip
+    if method == "no_transfer":  # as many steps all the same
+        first, second = config.stages
+        changes["stages"] = [second.model_copy(update={"steps": first.steps + second.steps})]
+    engine = Engine(config.model_copy(update=changes))
+    engine.resume()
+    return engine.run()
+
+
+def judged(backbone: str, method: str, seed: int, folder: Path, count: int) -> dict[str, Any]:
+    """A row of the results; its first pictures are written beside the student."""
+    transformer = load_teacher(folder / "teacher", torch.float32, torch.device("cpu"))
+    eyes, asked = classifier.load(), judge.scenes(count)
+    row: dict[str, Any] = {"backbone": backbone, "method": method, "seed": seed, "pictures": count}
+    row["base"] = sum(p.numel() for p in transformer.parameters())
+    output = folder / f"{method}-{seed}"
+    output.mkdir(parents=True, exist_ok=True)
+    weights = EDiTWeights.load(output / "student.safetensors") if method != TEACHER else None
+    handle = apply_edit(transformer, weights) if weights else None
+    for size in SIZES:
+        drawn = judge.pictures(backbone, transformer, asked, size)
+        row[str(size)] = judge.worth(drawn, asked, backbone, eyes)
+        write_file(output / f"{size}.png", png(grid([drawn[:SHOWN]])))
+        if handle:
+            row[f"distance {size}"] = judge.distance(backbone, transformer, handle, size)
+    if handle and weights:
+        row["side"] = sum(p.numel() for p in handle.sides.parameters())
+        row["trained"] = sum(p.numel() for p in handle.trainable().values())
+        row["training"] = weights.training
+        for size in COST_SIZES:
+            row[f"cost {size}"] = judge.cost(backbone, transformer, handle, size)
+    return row
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m edit_core.world.table",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--backbone", choices=[*CHANNELS], required=True, help="start one process for each")
+    parser.add_argument("--method", choices=[TEACHER, *METHODS], help="one row alone, trained and judged anew")
+    parser.add_argument("--seed", type=int, default=0, help="with --method")
+    parser.add_argument("--results", type=Path, default=Path("docs/world.json"), help="rows are added to this file")
+    parser.add_argument("--runs", type=Path, default=Path("out/world"), help="folder for teachers, caches, students")
+    parser.add_argument("--scenes", type=int, default=4096, help="that students are trained on")
+    parser.add_argument("--pictures", type=int, default=128, help="that are drawn to judge a row")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # two backbones side by side are faster than one on two cores
+    folder = options.runs / options.backbone
+    if not (folder / "teacher").exists():
+        export_pipeline(options.backbone, folder / "teacher")
+    make_cache(["--backbone", options.backbone, "--output", str(folder / "cache"), "--count", str(options.scenes)])
+    todo = [(options.method, options.seed)] if options.method else missing(_rows(options.results), options.backbone)
+    for method, seed in todo:
+        if method != TEACHER:
+            file = train(options.backbone, method, seed, folder)
+            if file.suffix != ".safetensors":
+                print(f"{file}: stopped; the same command goes on")
+                return
+        row = judged(options.backbone, method, seed, folder, options.pictures)
+        key = (options.backbone, method, seed)
+        # Read again: the other backbone's process writes here too.
+        rows = [r for r in _rows(options.results) if (r["backbone"], r["method"], r["seed"]) != key]
+        write_file(options.results, (json.dumps([*rows, row], indent=1) + "\n").encode())
+        print(f"{options.backbone} {method} {seed}: {row[str(SIZES[0])]['all']:.1%}")
+
+
+def _rows(results: Path) -> list[dict[str, Any]]:
+    return json.loads(results.read_text("utf-8")) if results.exists() else []
+
+
+if __name__ == "__main__":
+    main()
