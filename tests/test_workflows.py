@@ -31,6 +31,8 @@ from support.workflows import (
     write_stand_ins,
 )
 
+from edit_core.world.files import FOLDERS
+
 server = workflows.server
 NOTES = ("MarkdownNote", "Note")
 
@@ -108,12 +110,14 @@ def test_every_node_is_served_and_every_input_has_a_tooltip(object_info: dict[st
     assert bare == []
 
 
-def test_model_lists_offer_the_files_of_their_folders(object_info: dict[str, Any], model_files: Path) -> None:
+def test_model_lists_offer_the_files_of_their_folders_and_the_shipped_ones(
+    object_info: dict[str, Any], model_files: Path
+) -> None:
     inputs = object_info["EDiTLoadModel"]["input"]["required"]
-    files = {
-        f"{f}/{p.name}" for f in ("diffusion_models", "checkpoints") for p in (model_files / f).glob("*.safetensors")
-    }
-    weights = {path.name for path in (model_files / "edit").glob("*.safetensors")}
+    folders = [model_files / "diffusion_models", model_files / "checkpoints", FOLDERS["diffusion_models"]]
+    files = {f"{folder.name}/{path.name}" for folder in folders for path in folder.glob("*.safetensors")}
+    weights = {path.name for folder in (model_files / "edit", FOLDERS["edit"]) for path in folder.glob("*.safetensors")}
+    assert len(list(FOLDERS["edit"].glob("*.safetensors"))) == 2
     assert set(inputs["model_name"][1]["options"]) == files
     assert inputs["edit_weights"][1]["options"][0] == "none"
     assert set(inputs["edit_weights"][1]["options"]) == {"none", *weights}
