@@ -71,7 +71,8 @@ def _compare(backbone: str, options: Any, device: torch.device, output: Path) ->
     from ..world.files import load_teacher, shipped
     from ..world.reader import accuracy, read
 
-    transformer = load_teacher(backbone).to(device, DTYPES[options.dtype])
+    transformer = load_teacher(backbone)
+    torch.nn.Module.to(transformer, device, DTYPES[options.dtype])  # diffusers' own warns of layers it has none of
     weights = EDiTWeights.load(shipped("edit", backbone))
     asked = judge.scenes(options.pictures)
     call = judge.call(backbone, transformer, options.size)

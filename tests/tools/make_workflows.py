@@ -77,7 +77,7 @@ def small_model(backbone: str, title: str, latent: str, sampler: str, scheduler:
         edit_file=shipped("edit", backbone).name,
         prompt=SMALL_PROMPT,
         negative="",
-        side=384,
+        side=272,
         kinds=("_ab",),
     )
 
@@ -287,7 +287,7 @@ def small_note_of(model: Model, kind: str) -> str:
         f"- grounds: {', '.join(GROUNDS)}, with {', '.join(TEXTURES)}",
         "- and perhaps: *the right half mirrors the left*, *framed in the colour of the third shape*, *as many dots "
         "left as right*", "",
-        "Other words mean nothing to it. It has seen pictures of up to 384x384 pixels; sides are multiples of 16"
+        "Other words mean nothing to it. It has seen pictures of about 256x256 pixels; sides are multiples of 16"
         + (", and PixArt in ComfyUI wants a mean side of more than 256." if "pixart" in model.name else "."), "",
         *TWO_PICTURES,
     ]  # fmt: skip
