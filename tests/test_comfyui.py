@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +31,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def results(files: Path) -> Any:
-    """Runs the checks once per ComfyUI, on first use."""
-    done: dict[Path, tuple[Path, dict[str, Any]]] = {}
-
-    def run(checkout: Path) -> tuple[Path, dict[str, Any]]:
-        if checkout not in done:
-            base = files.parent / f"{files.name}-{checkout.name}"
-            subprocess.run(["cp", "-r", files, base], check=True)
-            done[checkout] = base, comfy.run_checks(INSIDE, checkout, base)
-        return done[checkout]
-
-    return run
+    return comfy.checks_of(INSIDE, files)
 
 
 @pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI)

@@ -20,7 +20,7 @@ from ..backbones import BACKBONES
 from ..bench import device_name
 from ..errors import EDiTError
 from ..files import write_file
-from ..runtime import DTYPES, progress
+from ..runtime import DTYPES
 from ..weights import EDiTWeights
 from .common import Result, add_model_arguments, backbones_of, device_of
 
@@ -69,35 +69,30 @@ def _compare(backbone: str, options: Any, device: torch.device, output: Path) ->
     from ..distill.sampling import grid, png
     from ..world import judge
     from ..world.files import load_teacher, shipped
-    from ..world.reader import accuracy, read
+    from ..world.reader import right
 
     transformer = load_teacher(backbone)
     torch.nn.Module.to(transformer, device, DTYPES[options.dtype])  # diffusers' own warns of layers it has none of
     weights = EDiTWeights.load(shipped("edit", backbone))
     asked = judge.scenes(options.pictures)
-    call = judge.call(backbone, transformer, options.size)
+    arguments = judge.call_of(backbone, transformer, options.size)
     drawn: dict[str, Tensor] = {"asked": judge.real(backbone, asked, options.size)}
     row: dict[str, Any] = {"backbone": backbone, "right": {}, "picture": {}}
 
     def draw(who: str) -> None:
         start = time.perf_counter()
-        batches = progress(range(0, len(asked), 4), -(-len(asked) // 4), f"{backbone}, {who}")
-        parts = [
-            judge.pictures(backbone, transformer, asked, options.size, options.steps, first=i, count=4) for i in batches
-        ]
-        drawn[who] = torch.cat(parts)
+        drawn[who] = judge.pictures(backbone, transformer, asked, options.size, options.steps, batch=4)
         row["picture"][who] = (time.perf_counter() - start) / len(asked)
-        marks = [read(picture.numpy(), scene) for picture, scene in zip(drawn[who], asked, strict=True)]
-        row["right"][who] = accuracy(marks)["all"]
+        row["right"][who] = right(drawn[who].numpy(), asked)["all"]
 
-    before = call()
+    before = transformer(**arguments)[0]
     draw("teacher")
     with apply_edit(transformer, weights) as handle:
         draw("student")
         for name, size in (("call", options.size), ("large", LARGE)):
             found = judge.cost(backbone, transformer, handle, size, repeats=3)
             row[name] = {"teacher": found["teacher_seconds"], "student": found["seconds"]}
-    row["restored"] = bool(torch.equal(before, call()))
+    row["restored"] = bool(torch.equal(before, transformer(**arguments)[0]))
     sheet = output / f"demo_{backbone}.png"
     write_file(sheet, png(grid([drawn[who] for who in ("asked", "teacher", "student")])))
     return {**row, "sheet": str(sheet)}

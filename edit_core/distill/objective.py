@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -123,6 +124,7 @@ def _time(weighting: Weighting, generator: torch.Generator) -> Tensor:
     return u
 
 
+@functools.cache
 def alphas_cumprod() -> Tensor:
     """How much of the signal's variance is left at PixArt-Σ's times, `(1000,)`."""
     return torch.cumprod(1 - torch.linspace(*_BETAS, _TRAIN_STEPS), 0)

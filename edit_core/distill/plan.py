@@ -29,7 +29,17 @@ from ..weights import EDiTWeights, fingerprint
 from .distance import Distance, teacher_distance
 from .losses import dense_tap
 
-__all__ = ["DEFAULT_BUDGET", "BlockCost", "Choice", "Plan", "Times", "make_plan", "measure_times", "step_speed"]
+__all__ = [
+    "DEFAULT_BUDGET",
+    "BlockCost",
+    "Choice",
+    "Plan",
+    "Times",
+    "call_times",
+    "make_plan",
+    "measure_times",
+    "step_speed",
+]
 
 DEFAULT_BUDGET = 0.02
 """Ours, and not tried on a real teacher: a fiftieth of the prediction's mean square."""
@@ -302,7 +312,7 @@ def measure_times(transformer: Any, weights: EDiTWeights, size: int, repeats: in
             if turn == 0:
                 watch.seconds.clear()
         medians = {key: statistics.median(values) for key, values in watch.seconds.items()}
-        teacher, student = _steps(transformer, handle, inputs, repeats)
+        teacher, student = call_times(transformer, handle, inputs, repeats)
 
     def of_blocks(kind: str) -> dict[int, float]:
         return {
@@ -320,11 +330,12 @@ def step_speed(transformer: Any, weights: EDiTWeights, size: int, repeats: int, 
         EDiTError: as :func:`measure_times` and :func:`~edit_core.apply_edit` do.
     """
     with apply_edit(transformer, weights, layers) as handle:
-        teacher, student = _steps(transformer, handle, _inputs(transformer, weights.backbone, size), repeats)
+        teacher, student = call_times(transformer, handle, _inputs(transformer, weights.backbone, size), repeats)
     return teacher / student
 
 
-def _steps(transformer: Any, handle: EDiTHandle, inputs: dict[str, Any], repeats: int) -> tuple[float, float]:
+def call_times(transformer: Any, handle: EDiTHandle, inputs: dict[str, Any], repeats: int) -> tuple[float, float]:
+    """Median seconds of whole calls of the teacher and of the applied student, in alternation."""
     found: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(repeats + 1):
         for dense in (True, False):

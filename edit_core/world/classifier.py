@@ -14,7 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import EDiTError
 from ..files import write_file
-from .codec import decode, encode
-from .scenes import COLOURS, COLUMNS, GROUNDS, NUMBERS, ROWS, SHAPES, SIZES, SPECIALS, TEXTURES, Picture, Scene
+from .codec import draw_scenes, through
+from .scenes import COLOURS, COLUMNS, GROUNDS, HELD_OUT, NUMBERS, ROWS, SHAPES, SIZES, SPECIALS, TEXTURES, Scene
 
 __all__ = ["FEATURES", "SHIPPED", "Classifier", "load", "train"]
 
@@ -79,11 +78,8 @@ def _labels(scenes: Sequence[Scene]) -> tuple[dict[str, Tensor], Tensor]:
 
 def _pictures(scenes: Sequence[Scene], size: int, backbone: str | None) -> Tensor:
     """`(B, size, size, 3)` uint8, through a backbone's codec if one is named."""
-    drawn: list[Picture] = [scene.draw(size, size) for scene in scenes]
-    pictures = torch.from_numpy(np.stack(drawn))
-    if backbone is None:
-        return pictures
-    return decode(backbone, encode(backbone, pictures.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+    pictures = draw_scenes(scenes, size, size)
+    return pictures if backbone is None else through(backbone, pictures)
 
 
 def right(model: Classifier, scenes: Sequence[Scene], size: int, backbone: str | None) -> dict[str, float]:
@@ -157,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options: Any = parser.parse_args(arguments)
     torch.set_num_threads(1)
     model = train(options.output, options.minutes)
-    scenes = [Scene.random((1 << 40) + i) for i in range(512)]
+    scenes = [Scene.random(HELD_OUT + i) for i in range(512)]
     for size in _SIZES:
         print(size, {name: round(value, 4) for name, value in right(model, scenes, size, None).items()})
 

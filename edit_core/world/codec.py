@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..distill.encoders import CELL
+from .scenes import Scene
 
-__all__ = ["CHANNELS", "Basis", "basis", "decode", "encode"]
+__all__ = ["CHANNELS", "Basis", "basis", "decode", "draw_scenes", "encode", "through"]
 
 CHANNELS = {"pixart_sigma": 4, "sd35_medium": 16}
 
@@ -33,6 +36,16 @@ _TERMS = {
         *((0, down, across, 4.0) for down, across in ((0, 2), (2, 0), (1, 2), (2, 1))),
     ),
 }
+
+
+def draw_scenes(scenes: Sequence[Scene], width: int, height: int) -> Tensor:
+    """Scenes as pictures, `(B, height, width, 3)` uint8."""
+    return torch.from_numpy(np.stack([scene.draw(width, height) for scene in scenes]))
+
+
+def through(backbone: str, pictures: Tensor) -> Tensor:
+    """What is left of pictures `(B, 8h, 8w, 3)` uint8 in a backbone's latents, decoded again: the same shape."""
+    return decode(backbone, encode(backbone, pictures.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
 class Basis(NamedTuple):

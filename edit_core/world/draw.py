@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..distill.encoders import CELL
 from ..distill.objective import call_arguments, prediction
+from ..runtime import progress
 from .codec import CHANNELS, decode
 from .teachers import scheduler
 from .text import WorldText
@@ -48,7 +49,8 @@ def draw(
     text, device = WorldText(), next(transformer.parameters()).device
     shape = (CHANNELS[backbone], height // CELL, width // CELL)
     pictures = []
-    for start in range(0, len(captions), batch):
+    starts = range(0, len(captions), batch)
+    for start in progress(starts, len(starts), f"{backbone}, {width}x{height}"):
         prompts = list(captions[start : start + batch])
         guided = guidance > 1
         condition = text.encode_prompts(prompts + [""] * len(prompts) * guided)

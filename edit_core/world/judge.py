@@ -5,11 +5,9 @@ All that is random follows from fixed seeds, so two judgements of the same weigh
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,18 +18,15 @@ from ..distill.distance import teacher_distance
 from ..distill.losses import dense_tap
 from ..distill.objective import call_arguments
 from ..distill.picture_metrics import fid
-from ..runtime import timed
+from ..distill.plan import call_times
 from .classifier import Classifier
-from .codec import decode, encode
+from .codec import draw_scenes, encode, through
 from .data import WorldEncoder
 from .draw import draw
-from .reader import accuracy, read
-from .scenes import Scene
+from .reader import right
+from .scenes import HELD_OUT, Scene
 
-__all__ = ["HELD_OUT", "call", "cost", "distance", "pictures", "real", "scenes", "worth"]
-
-HELD_OUT = 1 << 40
-"""Seed of the first scene that nothing is trained on."""
+__all__ = ["call_of", "cost", "distance", "pictures", "real", "scenes", "worth"]
 
 
 def scenes(count: int) -> list[Scene]:
@@ -40,13 +35,7 @@ def scenes(count: int) -> list[Scene]:
 
 
 def pictures(
-    backbone: str,
-    transformer: Any,
-    asked: Sequence[Scene],
-    size: int,
-    steps: int = 16,
-    first: int = 0,
-    count: int | None = None,
+    backbone: str, transformer: Any, asked: Sequence[Scene], size: int, steps: int = 16, batch: int = 16
 ) -> Tensor:
     """What a model draws of scenes' captions: `(B, size, size, 3)` uint8.
 
@@ -56,17 +45,15 @@ def pictures(
         asked: scenes; the noise's seed is the place in this list.
         size: pixels per side.
         steps: of the sampler.
-        first: of the scenes that are drawn.
-        count: how many are, at most; all by default.
+        batch: pictures drawn at once.
     """
-    chosen = range(len(asked))[first:][:count]
-    return draw(backbone, transformer, [asked[i].caption for i in chosen], list(chosen), size, size, steps)
+    captions, seeds = [scene.caption for scene in asked], range(len(asked))
+    return draw(backbone, transformer, captions, seeds, size, size, steps, batch=batch)
 
 
 def real(backbone: str, shown: Sequence[Scene], size: int) -> Tensor:
     """The scenes themselves through the codec, `(B, size, size, 3)` uint8: the best that a model could draw."""
-    drawn = torch.from_numpy(np.stack([scene.draw(size, size) for scene in shown])).permute(0, 3, 1, 2)
-    return decode(backbone, encode(backbone, drawn)).permute(0, 2, 3, 1)
+    return through(backbone, draw_scenes(shown, size, size))
 
 
 def worth(drawn: Tensor, asked: Sequence[Scene], backbone: str, classifier: Classifier) -> dict[str, float]:
@@ -78,7 +65,7 @@ def worth(drawn: Tensor, asked: Sequence[Scene], backbone: str, classifier: Clas
         backbone: whose codec the real pictures go through.
         classifier: whose features are compared with those of as many other real scenes.
     """
-    found = accuracy([read(picture.numpy(), scene) for picture, scene in zip(drawn, asked, strict=True)])
+    found = right(drawn.numpy(), asked)
     others = [Scene.random(HELD_OUT + (1 << 20) + i) for i in range(len(asked))]
     reference = classifier.images(real(backbone, others, drawn.shape[1]))
     return {**found, "frechet": fid(classifier.images(drawn), reference)}
@@ -94,41 +81,29 @@ def distance(backbone: str, transformer: Any, handle: EDiTHandle, size: int, cou
 
 def _batch(backbone: str, shown: Sequence[Scene], size: int) -> dict[str, Tensor]:
     """Latents and conditions of scenes, as a cache's samples are batched."""
-    drawn = torch.from_numpy(np.stack([scene.draw(size, size) for scene in shown])).permute(0, 3, 1, 2)
     condition = WorldEncoder(backbone).encode_prompts([scene.caption for scene in shown])
-    return {"latent": encode(backbone, drawn), **condition}
+    return {"latent": encode(backbone, draw_scenes(shown, size, size).permute(0, 3, 1, 2)), **condition}
 
 
-def call(backbone: str, transformer: Any, size: int) -> Callable[[], Tensor]:
-    """One call of a transformer halfway to noise, on a scene of this size, for timing and comparing."""
+def call_of(backbone: str, transformer: Any, size: int) -> dict[str, Any]:
+    """Keyword arguments of a transformer's call halfway to noise, on a scene of this size, for timing and comparing."""
     batch = _batch(backbone, scenes(1), size)
     latent = batch.pop("latent").to(transformer.device, transformer.dtype)
-    arguments = call_arguments(backbone, latent, torch.tensor([500], device=latent.device), batch, latent.device)
-
-    @torch.no_grad()
-    def once() -> Tensor:
-        return transformer(**arguments)[0]
-
-    return once
+    return call_arguments(backbone, latent, torch.tensor([500], device=latent.device), batch, latent.device)
 
 
+@torch.no_grad()
 def cost(backbone: str, transformer: Any, handle: EDiTHandle, size: int, repeats: int = 9) -> dict[str, float]:
-    """FLOPs of one call, and the median seconds of calls of teacher and student in alternation."""
-    once = call(backbone, transformer, size)
-    seconds: dict[str, list[float]] = {"teacher": [], "student": []}
+    """FLOPs of one call, the median seconds of calls of teacher and student in alternation, and their ratio."""
+    arguments = call_of(backbone, transformer, size)
     flops = {}
     for who, tap in (("teacher", dense_tap), ("student", None)):
         handle.tap = tap
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts no fused CPU kernels
-            once()
+            transformer(**arguments)
         flops[who] = counter.get_total_flops()
-    for _ in range(repeats):
-        for who, tap in (("teacher", dense_tap), ("student", None)):
-            handle.tap = tap
-            seconds[who].append(timed(once, transformer.device)[1])
-    handle.tap = None
-    medians = {who: statistics.median(values) for who, values in seconds.items()}
+    teacher, student = call_times(transformer, handle, arguments, repeats)
     return {
-        "flops": flops["student"], "teacher_flops": flops["teacher"],
-        "seconds": medians["student"], "teacher_seconds": medians["teacher"],
+        "flops": flops["student"], "teacher_flops": flops["teacher"], "seconds": student, "teacher_seconds": teacher,
+        "speed": teacher / student,
     }  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from .scenes import COLOURS, COLUMNS, FRAME, GROUNDS, PERIOD, ROWS, SHAPES, SIZES, TONE, WHITE, Picture, Scene, cover
 
-__all__ = ["LONG_RANGE", "accuracy", "read"]
+__all__ = ["LONG_RANGE", "accuracy", "read", "right"]
 
 LONG_RANGE = frozenset({"mirror", "mirror.ground", "frame", "dots.equal"})
 """Attributes that no place of a picture can get right by itself."""
@@ -95,6 +95,11 @@ def read(picture: Picture, scene: Scene | str) -> dict[str, bool]:
         if scene.told:
             result["dots.left"], result["dots.right"] = left == scene.dots, right == scene.dots
     return result
+
+
+def right(pictures: Iterable[Picture], scenes: Iterable[Scene]) -> dict[str, float]:
+    """:func:`accuracy` of pictures, each of which was asked to show one of the scenes."""
+    return accuracy([read(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)])
 
 
 def accuracy(results: list[dict[str, bool]]) -> dict[str, float]:

@@ -17,13 +17,15 @@ import numpy.typing as npt
 from ..errors import EDiTError
 
 __all__ = [
-    "COLOURS", "COLUMNS", "DOT", "FRAME", "GRAIN", "GROUNDS", "NUMBERS", "PERIOD", "ROWS", "SHAPES", "SIZES",
-    "SPECIALS", "TEXTURES", "TONE", "WHITE", "Picture", "Scene", "Thing", "cover",
+    "COLOURS", "COLUMNS", "DOT", "FRAME", "GRAIN", "GROUNDS", "HELD_OUT", "NUMBERS", "PERIOD", "ROWS", "SHAPES",
+    "SIZES", "SPECIALS", "TEXTURES", "TONE", "WHITE", "Picture", "Scene", "Thing", "cover",
 ]  # fmt: skip
 
 Picture = npt.NDArray[np.uint8]
 """`(H, W, 3)`"""
 
+HELD_OUT = 1 << 40
+"""Seed of the first scene that nothing is trained on."""
 SHAPES = ("circle", "square", "triangle", "bar", "cross")
 COLOURS = {
     "red": (215, 25, 30), "orange": (250, 130, 0), "yellow": (250, 230, 0), "green": (20, 190, 40),

@@ -14,7 +14,7 @@ from ..weights import EDiTWeights
 from . import judge
 from .codec import CHANNELS
 from .files import save_teacher, save_vae, shipped
-from .reader import accuracy, read
+from .reader import right
 from .train import load_run
 from .vae import Decoder, tiny
 
@@ -41,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         about, transformer = load_run(options.run)
         asked = judge.scenes(options.pictures)
         drawn = judge.pictures(backbone, transformer, asked, SIZE)
-        right = accuracy([read(picture.numpy(), scene) for picture, scene in zip(drawn, asked, strict=True)])
-        training = {"steps": about["steps"], "samples": about["samples"], f"accuracy at {SIZE}": right}
+        found = right(drawn.numpy(), asked)
+        training = {"steps": about["steps"], "samples": about["samples"], f"accuracy at {SIZE}": found}
         path = _place("diffusion_models", backbone)
         save_teacher(path, backbone, transformer, training)
-        print(f"{path}: {right['all']:.1%} of the attributes right; {right}")
+        print(f"{path}: {found['all']:.1%} of the attributes right; {found}")
     if options.decoder:
         decoder = Decoder(CHANNELS[backbone])
         decoder.load_state_dict(load_file(options.decoder))

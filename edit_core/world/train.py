@@ -7,6 +7,7 @@ A run is its folder: `state.safetensors` (weights, their average, the optimiser;
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import signal
 import time
@@ -33,19 +34,17 @@ from ..distill.objective import (
 from ..distill.sampling import grid
 from ..errors import EDiTError
 from ..files import write_file
-from .codec import encode
+from .codec import draw_scenes, encode
 from .draw import draw
 from .optim import Optimiser
-from .reader import accuracy, read
-from .scenes import Scene
+from .reader import right
+from .scenes import HELD_OUT, Scene
 from .teachers import build
 from .text import WorldText
 
 __all__ = ["Stage", "Trainer", "load_run", "main"]
 
 STATE = "state.safetensors"
-HELD_OUT = 1 << 40
-"""Scenes from this seed on are never trained on."""
 _DROPOUT, _WARMUP, _CONSTANT, _FALL, _EMA = 0.1, 200, 2000, 0.2, 0.999
 _UNIFORM = 0.15
 """Share of PixArt's times that are drawn uniformly, so that every time is trained on."""
@@ -114,8 +113,7 @@ class Trainer:
         choice = np.random.Generator(np.random.PCG64([self.seed, self.steps, 1]))
         width, height = stage.sizes[int(choice.integers(len(stage.sizes)))]
         scenes = [Scene.random((self.seed << 32) + number) for number in numbers]
-        pictures = np.stack([scene.draw(width, height) for scene in scenes])
-        latent = encode(self.backbone, torch.from_numpy(pictures).permute(0, 3, 1, 2))  # (B, c, h, w)
+        latent = encode(self.backbone, draw_scenes(scenes, width, height).permute(0, 3, 1, 2))  # (B, c, h, w)
         dropped = choice.random(stage.batch) < _DROPOUT
         captions = ["" if drop else scene.caption for drop, scene in zip(dropped, scenes, strict=True)]
         condition = self.text.encode_prompts(captions)
@@ -172,8 +170,7 @@ class Trainer:
         folder = self.output / "pictures"
         folder.mkdir(exist_ok=True)
         grid([pictures[i : i + 8] for i in range(0, min(count, 32), 8)]).save(folder / f"{self.steps:06d}.png")
-        results = [read(picture.numpy(), scene) for picture, scene in zip(pictures, scenes, strict=True)]
-        return {"side": side, **accuracy(results)}
+        return {"side": side, **right(pictures.numpy(), scenes)}
 
     def log(self, **values: Any) -> None:
         """Appends a line to the run's log."""
@@ -227,14 +224,20 @@ def _noised(backbone: str, latent: Tensor, generators: Sequence[torch.Generator]
     if backbone != "pixart_sigma":
         return noise_batch(backbone, latent, generators), torch.ones(len(latent))
     noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in generators])
+    chances, weights = _pixart_times()
+    timestep = torch.cat([torch.multinomial(chances, 1, generator=g) for g in generators])
+    return add_noise(backbone, latent, noise, timestep), weights[timestep].float()
+
+
+@functools.cache
+def _pixart_times() -> tuple[Tensor, Tensor]:
+    """How often each of PixArt's times is drawn, and how much its squared error counts then; both `(1000,)` float64."""
     alpha = alphas_cumprod().double()
     signal = alpha.sqrt() / (alpha.sqrt() + (1 - alpha).sqrt())  # 1 - sigma, of the straight path through x / noise
     edges = signal.logit().mul(-1)  # rises with time
     chance = torch.special.ndtr(edges).diff(prepend=torch.zeros(1, dtype=torch.double))  # of a normal logit
     drawn = (1 - _UNIFORM) * chance + _UNIFORM / len(chance)
-    timestep = torch.cat([torch.multinomial(drawn, 1, generator=g) for g in generators])
-    weights = (chance / signal.square() + _UNIFORM / len(chance)) / drawn
-    return add_noise(backbone, latent, noise, timestep), weights[timestep].float()
+    return drawn, (chance / signal.square() + _UNIFORM / len(chance)) / drawn
 
 
 def load_run(path: Path) -> tuple[dict[str, Any], Any]:

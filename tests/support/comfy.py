@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,18 @@ def run_checks(script: Path, checkout: Path, base: Path) -> dict[str, Any]:
     written = base / "results.json"
     assert written.is_file(), process.stdout[-3000:] + process.stderr[-3000:]
     return json.loads(written.read_text())
+
+
+def checks_of(script: Path, files: Path) -> Callable[[Path], tuple[Path, dict[str, Any]]]:
+    """Runs a script's checks once per ComfyUI, on first use, in a copy of these files: `(the copy, what they gave)`."""
+
+    @functools.cache
+    def run(checkout: Path) -> tuple[Path, dict[str, Any]]:
+        base = files.parent / f"{files.name}-{checkout.name}"
+        shutil.copytree(files, base)
+        return base, run_checks(script, checkout, base)
+
+    return run
 
 
 def base_model(backbone: str) -> torch.nn.Module:

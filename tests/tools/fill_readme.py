@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from pathlib import Path
@@ -85,30 +86,27 @@ def world_table(rows: list[dict[str, Any]], backbone: str) -> str:
     for method in sorted(methods, key=[TEACHER, *METHODS].index):
         found = [row for row in rows if row["backbone"] == backbone and row["method"] == method]
 
-        def mean(*path: str, form: str = "{:.1%}", found: list[dict[str, Any]] = found) -> str:
-            values = []
-            for row in found:
-                value: Any = row
-                for key in path:
-                    value = value.get(key, {}) if isinstance(value, dict) else value
-                values.append(value)
-            if values[0] == {}:
-                return "–"
-            spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
-            return form.format(statistics.fmean(values)) + spread
-
-        for row in found:
-            if cost := row.get("cost 1024"):
-                row["speed"], row["gflops"] = cost["teacher_seconds"] / cost["seconds"], cost["flops"] / 1e9
-                row["millions"] = row["trained"] / 1e6
+        mean = functools.partial(_mean, found)
         cells = [
             method.replace("_", " "), str(len(found)), mean("256", "all"), mean("256", "long_range"),
             mean("384", "all"), mean("256", "frechet", form="{:.1f}"),
-            mean("distance 256", "prediction", form="{:.4f}"), mean("millions", form="{:.2f}"),
-            mean("gflops", form="{:.1f}"), mean("speed", form="{:.2f}×"),
+            mean("distance 256", "prediction", form="{:.4f}"), mean("trained", form="{:.2f}", unit=1e6),
+            mean("cost 1024", "flops", form="{:.1f}", unit=1e9), mean("cost 1024", "speed", form="{:.2f}×"),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _mean(rows: list[dict[str, Any]], *path: str, form: str = "{:.1%}", unit: float = 1) -> str:
+    """A figure's mean over rows that all have it, or none has, with its spread."""
+    found: list[Any] = rows
+    for key in path:
+        found = [value[key] for value in found if key in value]
+    if not found:
+        return "–"
+    values = [value / unit for value in found]
+    spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return form.format(statistics.fmean(values)) + spread
 
 
 def filled_world(guide: str) -> str:
