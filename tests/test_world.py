@@ -18,7 +18,7 @@ from edit_core.errors import EDiTError
 from edit_core.world.codec import CHANNELS, decode, encode
 from edit_core.world.draw import draw
 from edit_core.world.reader import accuracy, read
-from edit_core.world.scenes import COLOURS, GROUNDS, SPECIALS, TEXTURES, Scene
+from edit_core.world.scenes import COLOURS, COLUMNS, GROUNDS, ROWS, SPECIALS, TEXTURES, Scene
 from edit_core.world.teachers import build
 from edit_core.world.text import POOLED, TOKENS, VOCABULARY, WIDTH, WorldText
 from edit_core.world.train import Stage, Trainer, load_run
@@ -52,7 +52,19 @@ def test_a_seed_gives_the_same_scene_everywhere() -> None:
     for seed in range(20):
         scene = Scene.random(seed)
         digest.update(scene.caption.encode() + scene.draw(192, 128).tobytes())
-    assert digest.hexdigest() == "834cd6a6bde24b4b65fe19f8c0830f381526c3ef47792f9567d84a67fe2197d7"
+    assert digest.hexdigest() == "fdb83776f68bea273ea8e82ac3afae662ce962649967306c28a5af49fa21789a"
+
+
+def test_dots_find_room_beside_three_large_things_in_one_column() -> None:
+    scenes = [s for s in map(Scene.random, range(90, 400)) if s.dots and len(s.things) == 3]
+    for i, scene in enumerate(scenes):
+        column = COLUMNS[i % 3]
+        things = [
+            dataclasses.replace(t, size="large", column=column, row=r) for t, r in zip(scene.things, ROWS, strict=True)
+        ]
+        crowded = dataclasses.replace(scene, things=tuple(things))
+        wrong = [name for name, right in read(crowded.draw(256, 256), crowded).items() if not right]
+        assert not wrong, crowded
 
 
 def test_scenes_differ_in_everything() -> None:

@@ -219,18 +219,21 @@ class Scene:
     def _dots(
         self, rng: np.random.Generator, width: int, height: int, places: list[tuple[float, float, float]]
     ) -> list[tuple[float, float]]:
-        """As many on each side, on a lattice counted from that side's edge, clear of all things."""
+        """As many on each side, on a lattice counted from that side's edge, clear of all things.
+
+        At 256 pixels a dot lies in one token, so that counting them is what is hard, not drawing them.
+        """
         if not self.dots:
             return []
         step = min(width, height) / 8
         across, down = range(int(width / 2 / step)), range(int(height / step))
-        lattice = [((i + 0.5) * step, (j + 0.5) * step) for i in across for j in down]
+        lattice = [((i + 0.25) * step, (j + 0.25) * step) for i in across for j in down]
         found = []
         for side in (0, 1):
             free = []
             for x, y in lattice:
                 x = width - x if side else x
-                if all(max(abs(x - a), abs(y - b)) > r + 0.095 * min(width, height) for a, b, r in places):
+                if all(max(abs(x - a), abs(y - b)) > r + 0.06 * min(width, height) for a, b, r in places):
                     free.append((x, y))
             found += [free[i] for i in _distinct(rng, len(free), self.dots)]
         return found
