@@ -28,7 +28,7 @@ from edit_core.distill.config import RunConfig, load_config
 from edit_core.distill.dataset import CachedLatents
 from edit_core.distill.distance import Distance, teacher_distance
 from edit_core.distill.engine import Engine
-from edit_core.distill.losses import FeatureTap, dense_tap, guided_mse
+from edit_core.distill.losses import FeatureTap, dense_tap, weighted_mse
 from edit_core.distill.objective import noise_batch, task_target
 from edit_core.distill.teacher import load_teacher
 
@@ -268,6 +268,27 @@ def test_times_lie_in_range_and_shift_towards_noise(weighting: Any) -> None:
     assert float(shifted.mean()) > float(plain.mean()) + 0.1
 
 
+@pytest.mark.parametrize(("weighting", "shift"), [("logit_normal", 1.0), ("logit_normal", 3.0), ("mode", 1.0)])
+def test_pixarts_times_may_be_those_of_sd3_with_errors_that_count_as_a_velocitys(weighting: Any, shift: float) -> None:
+    latent = torch.ones(4000, 1, 1, 1)
+
+    def noised(backbone: str, **kwargs: Any) -> Any:
+        return noise_batch(backbone, latent, [torch.Generator().manual_seed(i) for i in range(4000)], **kwargs)
+
+    ours = noised("pixart_sigma", weighting=weighting, shift=shift)
+    alpha = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000), 0)[ours.timestep]
+    signal = alpha.sqrt() / (alpha.sqrt() + (1 - alpha).sqrt())
+    path = noised("sd35_medium", weighting=weighting, shift=shift).timestep / 1000
+    wanted, got = (torch.quantile(t, torch.tensor([0.1, 0.3, 0.5, 0.7])) for t in (path, 1 - signal))
+    assert float((wanted - got).abs().max()) < 0.12, "some are uniform, and late"
+    # An error of the noise by e is one of the velocity by e / signal.
+    for of_time in (torch.ones_like, lambda sigma: sigma):
+        velocity, few = float(of_time(path).mean()), float((of_time(1 - signal) * signal**2).mean()) * 0.15
+        assert abs(float((ours.weight * signal**2 * of_time(1 - signal)).mean()) - velocity) < 0.05 + few
+    assert torch.equal(noised("pixart_sigma").weight, torch.ones(4000))
+    assert torch.equal(noised("pixart_sigma").timestep, noised("pixart_sigma", weighting="uniform").timestep)
+
+
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path: Path, monkeypatch: Any) -> None:
     tensors = {"a": torch.ones(3)}
     first = save_checkpoint(tmp_path, 1, tensors, {"step": 1}, keep=2)
@@ -433,7 +454,7 @@ def test_guided_predictions_are_compared_as_a_sampler_makes_them() -> None:
     for scale in (1.0, 4.5):
         guided = [empty + scale * (caption - empty) for caption, empty in (x.chunk(2) for x in (student, teacher))]
         expected = (guided[0] - guided[1]).square().mean() / (scale**2 + (1 - scale) ** 2)
-        assert torch.allclose(guided_mse(student, teacher, torch.full((2, 1, 1, 1), scale)), expected)
+        assert torch.allclose(weighted_mse(student, teacher, torch.ones(2), torch.full((2, 1, 1, 1), scale)), expected)
 
 
 @pytest.mark.parametrize("backbone", models.BACKBONES)

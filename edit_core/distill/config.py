@@ -51,10 +51,11 @@ class StageBase(Strict):
     """Longest gradient."""
     caption_dropout: Share = 0.1
     """How often a caption is replaced by the empty one, so that guidance keeps working."""
-    weighting: Weighting = "logit_normal"
-    """SD3.5 only: how times are drawn."""
+    weighting: Weighting | None = None
+    """How times are drawn: as the model was trained (uniform for PixArt-Σ, logit_normal for SD3.5), or by one of SD3's
+    schemes; PixArt-Σ's are then those of the same ratio of signal to noise."""
     shift: Positive = 1.0
-    """SD3.5 only: how far times are shifted towards noise; 3 at 1024 pixels."""
+    """How far times are shifted towards noise, but for PixArt-Σ's uniform ones; SD3 takes 3 at 1024 pixels."""
 
     @model_validator(mode="after")
     def _divides(self) -> StageBase:

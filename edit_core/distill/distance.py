@@ -37,7 +37,7 @@ def teacher_distance(
     backbone: str,
     batches: Iterable[Mapping[str, Tensor]],
     seed: int = 0,
-    weighting: Weighting = "logit_normal",
+    weighting: Weighting | None = None,
     shift: float = 1.0,
 ) -> Distance:
     """Measures an applied student against the teacher that it stands in.
@@ -48,8 +48,8 @@ def teacher_distance(
         backbone: `pixart_sigma` or `sd35_medium`.
         batches: as :meth:`CachedLatents.collate` gives them, with `latent (B, c, h, w)`.
         seed: seeds noise and times: equal seeds compare students fairly.
-        weighting: of SD3.5's times.
-        shift: of SD3.5's times.
+        weighting: of the times, as :func:`~edit_core.distill.objective.noise_batch` draws them.
+        shift: of the times.
     """
     device, dtype, before = transformer.device, transformer.dtype, handle.tap
     attentions: dict[str, list[Tensor]] = {}

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import DistillStage, RunConfig, Stage, TransferStage
 from .dataset import BatchPlan, CachedLatents
 from .journal import Journal
-from .losses import FeatureTap, TransferTap, guided_mse
+from .losses import FeatureTap, TransferTap, weighted_mse
 from .objective import call_arguments, noise_batch, prediction, task_target
 from .optimizer import make_optimizer, rate
 from .parallel import Processes
@@ -206,8 +205,10 @@ class Engine:
         with self._checkpointing(stage):
             student = prediction(backbone, self._call(arguments, features.student, grad=True)).float()
             losses = {
-                "task": F.mse_loss(student[: len(latent)], task_target(backbone, latent, noised).float()),
-                "prediction": F.mse_loss(student, teacher) if scale is None else guided_mse(student, teacher, scale),
+                "task": weighted_mse(
+                    student[: len(latent)], task_target(backbone, latent, noised).float(), noised.weight
+                ),
+                "prediction": weighted_mse(student, teacher, noised.weight, scale),
                 "feature": features.total(),
             }
             loss = stage.task * losses["task"] + stage.prediction * losses["prediction"]

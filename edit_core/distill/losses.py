@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FeatureTap", "TransferTap", "dense_tap", "guided_mse", "relative_error"]
+__all__ = ["FeatureTap", "TransferTap", "dense_tap", "relative_error", "weighted_mse"]
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -22,19 +22,23 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return ((student - teacher).square().mean(1) / scale).mean()
 
 
-def guided_mse(student: Tensor, teacher: Tensor, scale: Tensor) -> Tensor:
-    """Mean squared error of guided predictions, `u + s·(c - u)`, over the size that independent errors would give it.
+def weighted_mse(student: Tensor, target: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Mean squared error of predictions, or of guided ones, `u + s·(c - u)`.
 
-    The division, by `s² + (1-s)²`, keeps the loss the size of a plain one's whatever the scale (ours).
+    Guided errors are divided by the size that independent errors would give them, `s² + (1-s)²`, which keeps the loss
+    the size of a plain one's whatever the scale (ours).
 
     Args:
-        student: `(2B, c, h, w)`, with captions first, then with the empty prompt.
-        teacher: likewise.
+        student: `(B, c, h, w)`; for guided ones `(2B, c, h, w)`, with captions first, then with the empty prompt.
+        target: likewise.
+        weight: of each sample, `(B,)`.
         scale: guidance scales, `(B, 1, 1, 1)`.
     """
-    caption, empty = (student - teacher).chunk(2)  # (B, c, h, w)
-    error = scale * caption + (1 - scale) * empty  # (B, c, h, w)
-    return (error.square() / (scale**2 + (1 - scale) ** 2)).mean()
+    error = student - target
+    if scale is not None:
+        caption, empty = error.chunk(2)  # (B, c, h, w)
+        error = (scale * caption + (1 - scale) * empty) / (scale**2 + (1 - scale) ** 2).sqrt()  # (B, c, h, w)
+    return (error.square().mean((1, 2, 3)) * weight).mean()
 
 
 def _rows(output: Any) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Noised", "Weighting", "add_noise", "alphas_cumprod", "call_arguments", "noise_batch", "prediction", "task_target",
+    "Noised", "Weighting", "add_noise", "call_arguments", "noise_batch", "prediction", "task_target",
 ]  # fmt: skip
 
 Weighting = Literal["logit_normal", "mode", "uniform"]
@@ -18,6 +18,9 @@ Weighting = Literal["logit_normal", "mode", "uniform"]
 _TRAIN_STEPS = 1000
 _BETAS = (0.0001, 0.02)  # PixArt-Σ's schedule: betas linear in time, as in its diffusers scheduler
 _MODE_SCALE = 1.29
+_UNIFORM = 0.15
+"""Share of PixArt-Σ's times that are drawn uniformly all the same: samplers begin where no other scheme draws any."""
+_QUANTILES = 1 << 16
 
 
 class Noised(NamedTuple):
@@ -29,34 +32,43 @@ class Noised(NamedTuple):
     """`(B, c, h, w)`"""
     timestep: Tensor
     """`(B,)`, as the transformer takes it, 0-1000."""
+    weight: Tensor
+    """`(B,)` float32, how much a sample's squared error counts."""
 
 
 def noise_batch(
     backbone: str,
     latent: Tensor,
     generators: Sequence[torch.Generator],
-    weighting: Weighting = "logit_normal",
+    weighting: Weighting | None = None,
     shift: float = 1.0,
 ) -> Noised:
     """Draws noise and times for a batch of clean latents.
 
-    PixArt-Σ: DDPM with uniform times. SD3.5: the straight path `(1-σ)·x + σ·noise`, times by SD3's weighting schemes
-    ("Scaling Rectified Flow Transformers", arXiv 2403.03206, section 3.1), then shifted for the resolution,
-    `σ' = s·σ / (1 + (s-1)·σ)`.
+    SD3.5: the straight path `(1-σ)·x + σ·noise`, times by SD3's weighting schemes ("Scaling Rectified Flow
+    Transformers", arXiv 2403.03206, section 3.1), then shifted for the resolution, `σ' = s·σ / (1 + (s-1)·σ)`.
+
+    PixArt-Σ: DDPM with uniform times, as it was trained; two thirds of them are nearly pure noise, so that few steps
+    train what a caption is about. By another weighting (ours) its times are drawn at the same ratios of signal to noise
+    as SD3.5's, a few uniformly, and errors of the noise count as those of SD3.5's velocity would.
 
     Args:
         backbone: `pixart_sigma` or `sd35_medium`.
         latent: clean latents `(B, c, h, w)`.
         generators: one per sample, on the CPU: a sample's numbers depend on neither the device nor its neighbours.
-        weighting: of SD3.5's times.
-        shift: of SD3.5's times; 3 at 1024 pixels.
+        weighting: of the times; None for `uniform` (PixArt-Σ) or `logit_normal` (SD3.5).
+        shift: of the times, but for PixArt-Σ's uniform ones; SD3 takes 3 at 1024 pixels.
     """
     noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in generators])  # (B, c, h, w)
-    if backbone == "pixart_sigma":
+    if backbone == "sd35_medium":
+        u = torch.cat([torch.rand(1, generator=g) for g in generators])
+        return add_noise(backbone, latent, noise, _sigma(weighting or "logit_normal", shift, u) * _TRAIN_STEPS)
+    if weighting in (None, "uniform"):
         timestep = torch.cat([torch.randint(0, _TRAIN_STEPS, (1,), generator=g) for g in generators])
         return add_noise(backbone, latent, noise, timestep)
-    u = torch.cat([_time(weighting, g) for g in generators])
-    return add_noise(backbone, latent, noise, shift * u / (1 + (shift - 1) * u) * _TRAIN_STEPS)
+    chances, weights = _pixart_times(weighting, shift)
+    timestep = torch.cat([torch.multinomial(chances, 1, generator=g) for g in generators])
+    return add_noise(backbone, latent, noise, timestep)._replace(weight=weights[timestep].to(latent.device))
 
 
 def add_noise(backbone: str, latent: Tensor, noise: Tensor, timestep: Tensor) -> Noised:
@@ -70,12 +82,12 @@ def add_noise(backbone: str, latent: Tensor, noise: Tensor, timestep: Tensor) ->
     """
     noise, timestep = noise.to(latent.device, latent.dtype), timestep.to(latent.device)
     if backbone == "pixart_sigma":
-        alpha = alphas_cumprod().to(latent.device)[timestep].view(-1, 1, 1, 1)
+        alpha = _alphas_cumprod().to(latent.device)[timestep].view(-1, 1, 1, 1)
         noised = alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
     else:
         sigma = (timestep / _TRAIN_STEPS).view(-1, 1, 1, 1)
         noised = (1 - sigma) * latent + sigma * noise
-    return Noised(noised.to(latent.dtype), noise, timestep)
+    return Noised(noised.to(latent.dtype), noise, timestep, torch.ones(len(latent), device=latent.device))
 
 
 def task_target(backbone: str, latent: Tensor, noised: Noised) -> Tensor:
@@ -114,17 +126,28 @@ def call_arguments(
     return arguments
 
 
-def _time(weighting: Weighting, generator: torch.Generator) -> Tensor:
-    """One time in 0-1."""
+def _sigma(weighting: Weighting, shift: float, u: Tensor) -> Tensor:
+    """What makes uniform numbers SD3.5's times, 0-1."""
     if weighting == "logit_normal":
-        return torch.randn(1, generator=generator).sigmoid()
-    u = torch.rand(1, generator=generator)
-    if weighting == "mode":
-        return 1 - u - _MODE_SCALE * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)
-    return u
+        u = torch.special.ndtri(u).sigmoid()
+    elif weighting == "mode":
+        u = 1 - u - _MODE_SCALE * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)
+    return shift * u / (1 + (shift - 1) * u)
 
 
 @functools.cache
-def alphas_cumprod() -> Tensor:
+def _pixart_times(weighting: Weighting, shift: float) -> tuple[Tensor, Tensor]:
+    """How often each of PixArt-Σ's times is drawn, and how much its squared error counts then; both `(1000,)`."""
+    alpha = _alphas_cumprod().double()
+    signal = alpha.sqrt() / (alpha.sqrt() + (1 - alpha).sqrt())  # 1 - sigma, of the straight path through x / noise
+    sigma = _sigma(weighting, shift, (torch.arange(_QUANTILES).double() + 0.5) / _QUANTILES)
+    nearest = torch.searchsorted((1 - signal)[:-1], sigma)
+    chance = torch.bincount(nearest, minlength=_TRAIN_STEPS) / _QUANTILES
+    drawn = (1 - _UNIFORM) * chance + _UNIFORM / _TRAIN_STEPS
+    return drawn, ((chance / signal.square() + _UNIFORM / _TRAIN_STEPS) / drawn).float()
+
+
+@functools.cache
+def _alphas_cumprod() -> Tensor:
     """How much of the signal's variance is left at PixArt-Σ's times, `(1000,)`."""
     return torch.cumprod(1 - torch.linspace(*_BETAS, _TRAIN_STEPS), 0)

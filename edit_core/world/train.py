@@ -7,7 +7,6 @@ A run is its folder: `state.safetensors` (weights, their average, the optimiser;
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import signal
 import time
@@ -22,15 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..distill.objective import (
-    Noised,
-    add_noise,
-    alphas_cumprod,
-    call_arguments,
-    noise_batch,
-    prediction,
-    task_target,
-)  # fmt: skip
+from ..distill.objective import call_arguments, noise_batch, prediction, task_target
 from ..distill.sampling import grid
 from ..errors import EDiTError
 from ..files import write_file
@@ -46,8 +37,8 @@ __all__ = ["Stage", "Trainer", "load_run", "main"]
 
 STATE = "state.safetensors"
 _DROPOUT, _WARMUP, _CONSTANT, _FALL, _EMA = 0.1, 200, 2000, 0.2, 0.999
-_UNIFORM = 0.15
-"""Share of PixArt's times that are drawn uniformly, so that every time is trained on."""
+SHIFT = {"pixart_sigma": 1.0, "sd35_medium": 3.0}
+"""Of the times, towards noise, where the phase of a picture's texture is decided."""
 _LOG_EVERY = 25
 
 
@@ -118,11 +109,11 @@ class Trainer:
         captions = ["" if drop else scene.caption for drop, scene in zip(dropped, scenes, strict=True)]
         condition = self.text.encode_prompts(captions)
         generators = [torch.Generator().manual_seed((self.seed << 32) + number) for number in numbers]
-        noised, weights = _noised(self.backbone, latent, generators)
+        noised = noise_batch(self.backbone, latent, generators, "logit_normal", SHIFT[self.backbone])
         arguments = call_arguments(self.backbone, noised.latent, noised.timestep, condition, latent.device)
         output = prediction(self.backbone, self.model(**arguments)[0])
         errors = (output - task_target(self.backbone, latent, noised)).square().mean((1, 2, 3))  # (B,)
-        loss = (errors * weights).mean()
+        loss = (errors * noised.weight).mean()
         self.optimiser.zero_grad()
         loss.backward()
         rate = self.rate * min(1, (self.steps + 1) / _WARMUP) / max(1, self.steps / _CONSTANT) ** 0.5
@@ -212,32 +203,6 @@ class Trainer:
             self.save()
             for number, handler in before:
                 signal.signal(number, handler)
-
-
-def _noised(backbone: str, latent: Tensor, generators: Sequence[torch.Generator]) -> tuple[Noised, Tensor]:
-    """A noised batch, and the weights of its squared errors, `(B,)`.
-
-    SD3's times are drawn as often as they count. PixArt's betas are so large that two thirds of its times are nearly
-    pure noise: uniform times hardly train what a caption is about. So its times are drawn by SD3's distribution at the
-    same ratio of signal to noise, errors count as those of SD3's velocity, and a few uniform times count plainly.
-    """
-    if backbone != "pixart_sigma":
-        return noise_batch(backbone, latent, generators), torch.ones(len(latent))
-    noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in generators])
-    chances, weights = _pixart_times()
-    timestep = torch.cat([torch.multinomial(chances, 1, generator=g) for g in generators])
-    return add_noise(backbone, latent, noise, timestep), weights[timestep].float()
-
-
-@functools.cache
-def _pixart_times() -> tuple[Tensor, Tensor]:
-    """How often each of PixArt's times is drawn, and how much its squared error counts then; both `(1000,)` float64."""
-    alpha = alphas_cumprod().double()
-    signal = alpha.sqrt() / (alpha.sqrt() + (1 - alpha).sqrt())  # 1 - sigma, of the straight path through x / noise
-    edges = signal.logit().mul(-1)  # rises with time
-    chance = torch.special.ndtr(edges).diff(prepend=torch.zeros(1, dtype=torch.double))  # of a normal logit
-    drawn = (1 - _UNIFORM) * chance + _UNIFORM / len(chance)
-    return drawn, (chance / signal.square() + _UNIFORM / len(chance)) / drawn
 
 
 def load_run(path: Path) -> tuple[dict[str, Any], Any]:
