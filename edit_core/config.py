@@ -14,7 +14,7 @@ __all__ = ["CHOICES", "PRESETS", "EDiTConfig"]
 
 Normaliser = Literal["token_ratio", "exact"]
 SoftmaxFeatures = Literal["pre", "post"]
-Kernel = Literal["relu", "elu", "softmax"]
+Kernel = Literal["relu", "squared_relu", "elu", "softmax"]
 Query = Literal["conv_fusion", "mlp", "plain"]
 Key = Literal["compressor", "conv_fusion", "mlp", "plain"]
 Joint = Literal["hybrid", "linear"]
@@ -34,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sana": {"query": "plain", "key": "plain", "joint": "linear"},
     "linfusion": {"kernel": "elu", "query": "mlp", "key": "mlp"},
     "kv_compression": {"kernel": "softmax", "query": "plain"},
+    "local": {"kernel": "squared_relu", "key": "plain", "local": True},
 }
 """By name, what differs from the defaults; see :meth:`EDiTConfig.preset`."""
 
@@ -61,8 +62,8 @@ class EDiTConfig:
     eps: float = 1e-6
     """Added to the linear normaliser, which is zero where a query's features are all rectified away."""
     kernel: Kernel = "relu"
-    """What makes linear attention's features of queries and keys: `relu` or `elu` (1 + ELU, LinFusion's). `softmax`
-    stays quadratic, over compressed keys and values."""
+    """What makes linear attention's features of queries and keys: `relu`, `squared_relu` (sharper, ours) or `elu`
+    (1 + ELU, LinFusion's). `softmax` stays quadratic, over compressed keys and values."""
     query: Query = "conv_fusion"
     """What is added to the base's queries: `conv_fusion`, LinFusion's `mlp`, or nothing (`plain`)."""
     key: Key = "compressor"
@@ -70,6 +71,9 @@ class EDiTConfig:
     LinFusion's `mlp`, or nothing (`plain`), and the values stay as they are."""
     joint: Joint = "hybrid"
     """A joint attention is linear between image tokens alone (`hybrid`, MM-EDiT's), or between all (`linear`)."""
+    local: bool = False
+    """Whether each image token also gets the values around it, by a depthwise 3x3 convolution (ours): what linear
+    attention blurs most is what lies nearest."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("compression", 1, 64), ("kv_stride", 1, 4), ("groups", 1, 1024)):
@@ -80,11 +84,17 @@ class EDiTConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise EDiTConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        if type(self.local) is not bool:
+            raise EDiTConfigError(f"local must be true or false, not {self.local!r}")
         if type(self.eps) not in (int, float) or not math.isfinite(self.eps) or not 0 < self.eps < 1:
             raise EDiTConfigError(f"eps must be a number between 0 and 1, not {self.eps!r}")
         if self.kernel == "softmax" and self.key != "compressor":
             raise EDiTConfigError(
                 f"kernel=softmax needs key=compressor, not {self.key}: over all keys it costs what the teacher's does"
+            )
+        if self.kernel == "squared_relu" and self.softmax_features == "post":
+            raise EDiTConfigError(
+                "softmax_features=post goes with kernel=relu or elu: squares are no softmax's queries"
             )
         for name, why in self._idle().items():
             value = getattr(self, name)
@@ -108,11 +118,12 @@ class EDiTConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> EDiTConfig:
-        """A published form of attention, with some fields changed.
+        """A form of attention by its name, with some fields changed.
 
-        `paper` is EDiT and MM-EDiT; `sana` the all-linear ReLU attention of SANA (arXiv 2410.10629), `linfusion` that
-        of LinFusion (arXiv 2409.02097), `kv_compression` PixArt-Σ's softmax over fewer keys (arXiv 2403.04692): what
-        the paper compares it with.
+        `local` is what this project found best: EDiT's queries, squared ReLU, all keys, and a local branch. The others
+        are published: `paper` is EDiT and MM-EDiT; `sana` the all-linear ReLU attention of SANA (arXiv 2410.10629),
+        `linfusion` that of LinFusion (arXiv 2409.02097), `kv_compression` PixArt-Σ's softmax over fewer keys (arXiv
+        2403.04692): what the paper compares it with.
 
         Raises:
             EDiTConfigError: no such preset, or the changes do not go with it.
@@ -124,7 +135,7 @@ class EDiTConfig:
     @property
     def side_weights(self) -> bool:
         """Whether a student has weights of its own beside the base's; without, it is its differences on the base."""
-        return (self.query, self.key) != ("plain", "plain")
+        return self.local or (self.query, self.key) != ("plain", "plain")
 
     def hidden(self, dim: int) -> int:
         """Channels of a bottleneck for a model of width `dim`.

@@ -116,9 +116,9 @@ class EDiTWeights:
         """Weights that make the student start near its teacher (ours; the paper states no initialisation).
 
         `Conv1x1'` and an MLP's last linear start at zero, so that queries (and keys that are not compressed) start as
-        the teacher's; the compressors start as the 3x3 binomial low-pass, so that keys and values start as a smoothed
-        down-sampling of the teacher's (without a stride, as the teacher's own). Nothing of the teacher's weights is
-        copied: its layers stay its own.
+        the teacher's; a local branch starts at zero; the compressors start as the 3x3 binomial low-pass, so that keys
+        and values start as a smoothed down-sampling of the teacher's (without a stride, as the teacher's own). Nothing
+        of the teacher's weights is copied: its layers stay its own.
 
         Args:
             transformer: the teacher, a diffusers transformer or a ComfyUI `diffusion_model`.
@@ -394,9 +394,8 @@ def _width(shapes: Mapping[str, tuple[int, ...]], backbone: str, config: EDiTCon
     """
     if not config.side_weights:
         return width_of(shapes, _paths(backbone, _sites(shapes, backbone, config)), source)
-    part = {"conv_fusion": "conv_fusion.up", "mlp": "mlp_q.up"}.get(config.query) or (
-        {"compressor": "compress_k.conv", "conv_fusion": "conv_fusion_k.up", "mlp": "mlp_k.up"}[config.key]
-    )
+    parts = {"compressor": "compress_k.conv", "conv_fusion": "conv_fusion_k.up", "mlp": "mlp_k.up", "plain": "local"}
+    part = {"conv_fusion": "conv_fusion.up", "mlp": "mlp_q.up"}.get(config.query) or parts[config.key]
     name = next((n for n in shapes if (match := _NAME.fullmatch(n)) and match[3] == f"{part}.weight"), None)
     if name is None or len(shapes[name]) < 2:
         raise EDiTWeightsError(f"{source}: holds no <block>.<site>.{part}.weight; it has no EDiT weights")

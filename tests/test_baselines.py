@@ -41,14 +41,18 @@ def configs(draw: st.DrawFn) -> EDiTConfig:
     def one_of(*choices: Any) -> Any:
         return draw(st.sampled_from(choices))
 
-    fields = {"kernel": one_of("relu", "elu", "softmax"), "query": one_of("conv_fusion", "mlp", "plain")}
+    fields = {
+        "kernel": one_of("relu", "squared_relu", "elu", "softmax"), "query": one_of("conv_fusion", "mlp", "plain"),
+        "local": draw(st.booleans()),
+    }  # fmt: skip
     if fields["kernel"] == "softmax":
         fields["key"] = "compressor"
     else:
         fields.update(key=one_of("compressor", "conv_fusion", "mlp", "plain"), joint=one_of("hybrid", "linear"))
         fields["eps"] = 0.1  # a query that is nearly rectified away would divide rounding by rounding
         if fields["joint"] == "hybrid":
-            fields.update(normaliser=one_of("token_ratio", "exact"), softmax_features=one_of("pre", "post"))
+            features = ("pre",) if fields["kernel"] == "squared_relu" else ("pre", "post")
+            fields.update(normaliser=one_of("token_ratio", "exact"), softmax_features=one_of(*features))
     if fields["key"] == "compressor":
         fields["kv_stride"] = one_of(1, 2, 3)
     if {fields["query"], fields["key"]} & {"conv_fusion", "mlp"}:
@@ -64,7 +68,7 @@ def trained(model: Any, preset: str, **kwargs: Any) -> EDiTWeights:
 # --- what they compute ---
 
 
-@settings(max_examples=100)  # there are 51 combinations of kernel, query, key and joint
+@settings(max_examples=150)  # there are 150 combinations of kernel, query, key, joint and local
 @given(batches, head_counts, head_dims, grids, configs(), st.booleans())
 def test_every_self_attention_equals_its_formula_in_values_and_gradients(
     b: int, h: int, d: int, grid: tuple[int, int], config: EDiTConfig, normed: bool
@@ -80,7 +84,7 @@ def test_every_self_attention_equals_its_formula_in_values_and_gradients(
     compare_gradients([fast], [*inputs, *module.parameters()], [slow], [*references, *state.values()], EXACT)
 
 
-@settings(max_examples=100)  # there are 51 combinations of kernel, query, key and joint
+@settings(max_examples=150)  # there are 150 combinations of kernel, query, key, joint and local
 @given(batches, head_counts, head_dims, grids, configs(), st.integers(1, 12), st.booleans())
 def test_every_joint_attention_equals_its_formula_in_values_and_gradients(
     b: int, h: int, d: int, grid: tuple[int, int], config: EDiTConfig, p: int, normed: bool
@@ -162,8 +166,19 @@ def test_one_plus_elu_keeps_small_features_in_half_precision(dtype: torch.dtype,
     assert float(((y.double() - wanted) / wanted).abs().max()) < tolerance
 
 
+def test_squared_features_do_not_overflow_in_float16() -> None:
+    module = randomised(EDiTAttention(32, EDiTConfig.preset("local")))
+    x, base, _ = sample(1, (24, 24), 32, 1)
+    projections = [300 * t for t in base[:2]] + [base[2]]
+    wanted = module.double()(x.double(), Projections(*(t.double() for t in projections)), (24, 24), 4)
+    got = module.half()(x.half(), Projections(*(t.half() for t in projections)), (24, 24), 4)
+    assert float(projections[0].max()) ** 2 > 65504
+    assert got.dtype == torch.float16
+    close(got, wanted, 2e-2)
+
+
 @pytest.mark.parametrize("normaliser", ["token_ratio", "exact"])
-@pytest.mark.parametrize("kernel", ["relu", "elu"])
+@pytest.mark.parametrize("kernel", ["relu", "squared_relu", "elu"])
 def test_hybrid_attention_runs_under_autocast_as_a_training_calls_it(kernel: Any, normaliser: Any) -> None:
     module = randomised(HybridAttention(48, EDiTConfig(kernel=kernel, normaliser=normaliser)))
     x, base, prompt = sample(2, (6, 7), 48, 5)
@@ -252,6 +267,19 @@ def test_new_ones_start_at_the_teachers_queries_and_keys() -> None:
     assert not keys.tensors["0.self.conv_fusion_k.up.weight"].any()
     assert keys.tensors["0.self.conv_fusion_k.down.weight"].any()
     assert not any("compress" in name for name in keys.tensors)
+
+
+def test_a_local_branch_starts_without_an_effect_and_may_be_all_that_there_is(tmp_path: Path) -> None:
+    model = models.pixart()
+    config = EDiTConfig(query="plain", key="plain", local=True)
+    weights = EDiTWeights.init(model, config)
+    assert {name.split(".", 2)[2] for name in weights.tensors} == {"local.weight", "local.bias"}
+    with apply_edit(model, weights):
+        started = models.forward(model)
+    with apply_edit(model, EDiTWeights.init(model, EDiTConfig.preset("sana"), trainable="full")):
+        assert torch.equal(models.forward(model), started)
+    weights.save(tmp_path / "w.safetensors")
+    assert EDiTWeights.load(tmp_path / "w.safetensors").dim == identify_module(model).dim
 
 
 # --- in files ---
@@ -443,7 +471,7 @@ def test_a_training_takes_a_preset_and_changes_to_it() -> None:
     assert made.edit_config() == EDiTConfig.preset("linfusion", compression=2)
     assert load_config("debug", ["student={query: plain}"]).edit_config() == EDiTConfig(query="plain")
     for student, part in (
-        ("{preset: linear}", "preset must be one of paper, sana, linfusion, kv_compression, not 'linear'"),
+        ("{preset: linear}", "preset must be one of paper, sana, linfusion, kv_compression, local, not 'linear'"),
         ("{preset: sana, kv_stride: 1}", "kv_stride=1 has no meaning with key=plain"),
     ):
         with pytest.raises(EDiTConfigError, match=part):

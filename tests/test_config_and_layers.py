@@ -38,6 +38,8 @@ from edit_core.layers import format_layers, parse_layers
         {"normaliser": "exact", "joint": "linear"},
         {"softmax_features": "post", "joint": "linear"},
         {"kv_stride": 1, "key": "mlp"},
+        {"local": 1},
+        {"softmax_features": "post", "kernel": "squared_relu"},
         {"groups": 8, "query": "mlp"},
         {"compression": 2, "query": "plain"},
     ],

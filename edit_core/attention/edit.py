@@ -26,7 +26,7 @@ from .linear import (
     split_heads,
     without_autocast,
 )
-from .modules import ConvFusion, Grid, LayerFactory, MLPFusion, SpatialCompressor
+from .modules import ConvFusion, Grid, LayerFactory, MLPFusion, SpatialCompressor, as_nchw, as_tokens
 
 __all__ = ["SITES", "EDiTAttention", "HybridAttention", "Norm", "Projections", "Softmax", "softmax_attention"]
 
@@ -58,7 +58,12 @@ def one_plus_elu(tokens: Tensor) -> Tensor:
     return (tokens.clamp(max=0).exp() + F.relu(tokens)).to(tokens.dtype)
 
 
-KERNELS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "elu": one_plus_elu}
+def squared_relu(tokens: Tensor) -> Tensor:
+    """`ReLU(x)²`, float32 for float16, which would overflow."""
+    return F.relu(tokens).to(torch.float32 if tokens.dtype == torch.float16 else tokens.dtype).square()
+
+
+KERNELS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "squared_relu": squared_relu, "elu": one_plus_elu}
 """What makes features of queries and keys, by the config's name."""
 
 
@@ -96,6 +101,8 @@ class EDiTAttention(nn.Module):
             self.conv_fusion_k = ConvFusion(dim, config, layers, device, dtype)
         elif config.key == "mlp":
             self.mlp_k = MLPFusion(dim, config, layers, device, dtype)
+        if config.local:
+            self.local = layers.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def features(
         self, x: Tensor, base: Projections, grid: Grid, heads: int, norm_q: Norm | None, norm_k: Norm | None
@@ -117,6 +124,16 @@ class EDiTAttention(nn.Module):
     def rectified(self, tokens: Tensor) -> Tensor:
         """Non-negative features of queries or keys, `(B, N, C)`."""
         return KERNELS[self.config.kernel](tokens)
+
+    def with_local(self, y: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        """Rows and, where the config asks for it, what a depthwise convolution gathers of the values around them.
+
+        Args:
+            y: what attention gives the image tokens, `(B, N, C)`.
+            v: the base's values, `(B, N, C)`.
+            grid: `(H, W)` with `H·W = N`.
+        """
+        return y + as_tokens(self.local(as_nchw(v, grid))) if self.config.local else y  # (B, N, C)
 
     def forward(
         self,
@@ -144,9 +161,9 @@ class EDiTAttention(nn.Module):
         """
         q, k, v = self.features(x, base, grid, heads, norm_q, norm_k)  # (B, N or M, C)
         if self.config.kernel == "softmax":
-            return softmax(q, k, v, heads)  # (B, N, C)
+            return self.with_local(softmax(q, k, v, heads), base.v, grid)  # (B, N, C)
         q, k, v = (split_heads(t, heads) for t in (self.rectified(q), self.rectified(k), v))  # (B, h, N or M, d)
-        return merge_heads(linear_attention(q, k, v, self.config.eps))  # (B, N, C)
+        return self.with_local(merge_heads(linear_attention(q, k, v, self.config.eps)), base.v, grid)  # (B, N, C)
 
 
 class HybridAttention(EDiTAttention):
@@ -189,10 +206,12 @@ class HybridAttention(EDiTAttention):
         """
         image = self.features(x, base, grid, heads, norm_q, norm_k)  # (B, N or M, C)
         if self.config.kernel == "softmax":
-            return _softmax_rows(image, prompt, heads, softmax, prompt_rows)
-        if self.config.joint == "linear":
-            return self._linear_rows(image, prompt, heads, prompt_rows)
-        return self._hybrid_rows(image, prompt, heads, softmax, prompt_rows)
+            rows = _softmax_rows(image, prompt, heads, softmax, prompt_rows)
+        elif self.config.joint == "linear":
+            rows = self._linear_rows(image, prompt, heads, prompt_rows)
+        else:
+            rows = self._hybrid_rows(image, prompt, heads, softmax, prompt_rows)
+        return self.with_local(rows[0], base.v, grid), rows[1]  # (B, N, C), (B, P, C)
 
     def _hybrid_rows(
         self, image: Projections, prompt: Projections, heads: int, softmax: Softmax, prompt_rows: bool

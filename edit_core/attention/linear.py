@@ -33,7 +33,7 @@ def merge_heads(tokens: Tensor) -> Tensor:
 def linear_attention_with_normaliser(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """:func:`linear_attention` and its denominator `q·Σk + eps`, of shape `(B, N, h)`, at least float32."""
     with without_autocast(q.device):
-        return _read(q, _state(k, v), eps)
+        return _read(q, _state(k, v), eps, v.dtype)
 
 
 def joint_linear_attention(
@@ -51,7 +51,7 @@ def joint_linear_attention(
     """
     with without_autocast(queries[0].device):
         state = reduce(torch.add, (_state(k, v) for k, v in keys_values))  # (B, h, d, d+1)
-        return [_read(q, state, eps)[0] for q in queries]
+        return [_read(q, state, eps, keys_values[0][1].dtype)[0] for q in queries]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -70,16 +70,16 @@ def _state(k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([k.transpose(-1, -2) @ v, k.sum(-2).unsqueeze(-1)], dim=-1)
 
 
-def _read(q: Tensor, state: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What queries `(B, h, N, d)` find in a state: rows `(B, h, N, d)` and their denominators `(B, N, h)`."""
+def _read(q: Tensor, state: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What queries `(B, h, N, d)` find in a state: rows `(B, h, N, d)` in a dtype, and denominators `(B, N, h)`."""
     d = q.shape[-1]
     # bfloat16 has float32's range, and its matrix product accumulates in float32. Float16 does not fit the sums.
-    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else state.dtype
-    both = q.to(dtype) @ state.to(dtype)  # (B, h, N, d+1)
+    inner = torch.bfloat16 if q.dtype == torch.bfloat16 else state.dtype
+    both = q.to(inner) @ state.to(inner)  # (B, h, N, d+1)
     normaliser = both[..., d].to(state.dtype).add(eps).transpose(1, 2).contiguous()  # (B, N, h)
     # The first factor's layout decides the result's: the product is written token-major, ready for the projection.
-    y = torch.mul(normaliser.reciprocal().to(dtype).unsqueeze(-1), both[..., :d].transpose(1, 2))  # (B, N, h, d)
-    return y.to(q.dtype).transpose(1, 2), normaliser
+    y = torch.mul(normaliser.reciprocal().to(inner).unsqueeze(-1), both[..., :d].transpose(1, 2))  # (B, N, h, d)
+    return y.to(dtype).transpose(1, 2), normaliser
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tensor:
@@ -91,11 +91,11 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tens
     Args:
         q: queries of shape `(B, h, N, d)`, non-negative, any floating dtype.
         k: keys of shape `(B, h, M, d)`, non-negative, the same dtype.
-        v: values of shape `(B, h, M, d)`, the same dtype.
+        v: values of shape `(B, h, M, d)`, the same dtype, or a narrower one.
         eps: added to the denominator.
 
     Returns:
-        `(B, h, N, d)` in q's dtype, a view of `(B, N, h, d)` memory. The sums over `j` are taken in float32, or in
+        `(B, h, N, d)` in v's dtype, a view of `(B, N, h, d)` memory. The sums over `j` are taken in float32, or in
         float64 for float64.
     """
     return linear_attention_with_normaliser(q, k, v, eps)[0]

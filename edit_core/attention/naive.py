@@ -45,8 +45,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _kernel(t: Tensor, config: EDiTConfig) -> Tensor:
-    """Linear attention's features: `ReLU(t)`, or LinFusion's `1 + ELU(t)`."""
-    return F.relu(t) if config.kernel == "relu" else 1 + F.elu(t)
+    """Linear attention's features: `ReLU(t)`, `ReLU(t)²`, or LinFusion's `1 + ELU(t)`."""
+    if config.kernel == "elu":
+        return 1 + F.elu(t)
+    return F.relu(t) if config.kernel == "relu" else F.relu(t) ** 2
 
 
 def _image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -107,6 +109,14 @@ def _compress(tokens: Tensor, p: Params, name: str, grid: tuple[int, int], confi
     return _tokens(F.conv2d(_image(tokens, grid), weight, bias, stride=config.kv_stride, padding=1, groups=len(weight)))
 
 
+def _local(v: Tensor, p: Params, grid: tuple[int, int], config: EDiTConfig) -> Tensor | float:
+    """`DepthwiseConv3x3(V)`, `(B, N, C)`, or nothing."""
+    if not config.local:
+        return 0.0
+    weight, bias = p["local.weight"], p["local.bias"]
+    return _tokens(F.conv2d(_image(v, grid), weight, bias, padding=1, groups=len(weight)))
+
+
 def _features(
     x: Tensor,
     base: tuple[Tensor, Tensor, Tensor],
@@ -149,7 +159,7 @@ def edit_attention(
         y = softmax_attention(q, k, v)
     else:
         y = linear_attention(_kernel(q, config), _kernel(k, config), v, config.eps)
-    return rearrange(y, "b h n d -> b n (h d)")
+    return rearrange(y, "b h n d -> b n (h d)") + _local(base[2], p, grid, config)
 
 
 def hybrid_attention(
@@ -178,7 +188,8 @@ def hybrid_attention(
         y_image, y_prompt = y[:, :, : q.shape[2]], y[:, :, q.shape[2] :]
     else:
         y_image, y_prompt = _hybrid(q, k, v, q_p, k_p, v_p, config)
-    return rearrange(y_image, "b h n d -> b n (h d)"), rearrange(y_prompt, "b h n d -> b n (h d)")
+    y_image = rearrange(y_image, "b h n d -> b n (h d)") + _local(base[2], p, grid, config)
+    return y_image, rearrange(y_prompt, "b h n d -> b n (h d)")
 
 
 def _hybrid(

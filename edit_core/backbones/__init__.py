@@ -41,7 +41,15 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
     ("down_blocks.0.", "a UNet or a VAE (diffusers names)"),
     *(
         (part, "EDiT weights; these go to EDiTLoadWeights or --weights, and are not a base model")
-        for part in ("conv_fusion", "compress_k.", "mlp_q.", "mlp_k.", "base.transformer_blocks.")
+        for part in (
+            "conv_fusion",
+            "compress_k.",
+            "mlp_q.",
+            "mlp_k.",
+            "self.local.",
+            "joint.local.",
+            "base.transformer_blocks.",
+        )
     ),
     ("lora", "a LoRA, not a base model"),
     ("encoder.block.", "a T5 text encoder, not a base model"),

@@ -51,7 +51,7 @@ _FIELDS = {
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--preset", choices=PRESETS, default="paper", help="a published attention; what follows changes its fields"
+        "--preset", choices=PRESETS, default="paper", help="a form of attention; what follows changes its fields"
     )
     parser.add_argument(
         "--compression",
@@ -64,6 +64,12 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", choices=CHOICES[name], default=argparse.SUPPRESS, help=f"{text} (default: the preset's)"
         )
+    parser.add_argument(
+        "--local",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="image tokens also get the values around them (default: the preset's)",
+    )
     parser.add_argument("--layers", default="all", help='transformer blocks: "all", "none" or "0, 3-9, 27"')
 
 
@@ -78,7 +84,7 @@ def add_trainable_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: Any) -> EDiTConfig:
-    given = {name: value for name, value in vars(options).items() if name in ("compression", *_FIELDS)}
+    given = {name: value for name, value in vars(options).items() if name in ("compression", "local", *_FIELDS)}
     return EDiTConfig.preset(options.preset, **given)
 
 
