@@ -7,12 +7,14 @@ can be added later; a training that was stopped goes on where it was. `teacher` 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw
 
 from .. import EDiTWeights, apply_edit
 from ..distill.config import load_config
@@ -29,20 +31,27 @@ __all__ = ["METHODS", "TEACHER", "main", "missing"]
 
 TEACHER = "teacher"
 METHODS: dict[str, dict[str, Any]] = {
-    "edit": {},
-    "sana": {"student": {"preset": "sana"}},
-    "linfusion": {"student": {"preset": "linfusion"}},
-    "kv_compression": {"student": {"preset": "kv_compression"}},
-    "no_conv_fusion": {"student": {"query": "plain"}},
-    "conv_fusion_on_keys": {"student": {"key": "conv_fusion"}},
-    "no_compression": {"student": {"key": "plain"}},
-    "exact": {"student": {"normaliser": "exact"}},
-    "features_after_relu": {"student": {"softmax_features": "post"}},
-    "side_alone": {"trainable": "side"},
-    "no_transfer": {},
+    name: {"student": {"preset": preset, **fields}}
+    for name, preset, fields in (
+        ("edit", "paper", {}),
+        ("local", "local", {}),
+        ("sana", "sana", {}),
+        ("linfusion", "linfusion", {}),
+        ("kv_compression", "kv_compression", {}),
+        ("no_conv_fusion", "paper", {"query": "plain"}),
+        ("conv_fusion_on_keys", "paper", {"key": "conv_fusion"}),
+        ("no_compression", "paper", {"key": "plain"}),
+        ("exact", "paper", {"normaliser": "exact"}),
+        ("features_after_relu", "paper", {"softmax_features": "post"}),
+        ("local_branch", "paper", {"local": True}),
+        ("squared_relu", "paper", {"kernel": "squared_relu"}),
+        ("side_alone", "paper", {}),
+        ("no_transfer", "paper", {}),
+    )
 }
-"""What differs from the committed configuration, `world_<backbone>`."""
-MAIN = ("edit", "sana", "linfusion", "kv_compression")
+METHODS["side_alone"]["trainable"] = "side"
+"""What differs from the committed configuration, `world_<backbone>`. Ours are `local` and two of its parts alone."""
+MAIN = ("edit", "local", "sana", "linfusion", "kv_compression")
 """What is trained from three seeds; the others from one."""
 JOINT = ("exact", "features_after_relu")
 """What only a joint attention has."""
@@ -51,6 +60,8 @@ SIZES = (256, 384)
 COST_SIZES = (256, 1024)
 SHOWN = 8
 """Pictures that are kept of every row."""
+SHEET_SIDE, _MARGIN = 128, 150
+"""Pixels per picture of the sheet that compares methods, and for their names."""
 
 
 def missing(rows: Sequence[dict[str, Any]], backbone: str) -> list[tuple[str, int]]:
@@ -87,8 +98,9 @@ def judged(backbone: str, method: str, seed: int, folder: Path, count: int) -> d
     weights = EDiTWeights.load(output / "student.safetensors") if method != TEACHER else None
     handle = apply_edit(transformer, weights) if weights else None
     for size in SIZES:
-        drawn = judge.pictures(backbone, transformer, asked, size)
-        row[str(size)] = judge.worth(drawn, asked, backbone, eyes)
+        shown = asked if size == SIZES[0] else asked[: count // 4]  # the larger ones take several times as long
+        drawn = judge.pictures(backbone, transformer, shown, size)
+        row[str(size)] = judge.worth(drawn, shown, backbone, eyes)
         write_file(output / f"{size}.png", png(grid([drawn[:SHOWN]])))
         if handle:
             row[f"distance {size}"] = judge.distance(backbone, transformer, handle, size)
@@ -99,6 +111,21 @@ def judged(backbone: str, method: str, seed: int, folder: Path, count: int) -> d
         for size in COST_SIZES:
             row[f"cost {size}"] = judge.cost(backbone, transformer, handle, size)
     return row
+
+
+def sheet(backbone: str, folder: Path) -> Image.Image:
+    """What the captions ask for, and what the teacher and every method draw from the same noise, a line each."""
+    drawn = {"as asked": grid([judge.real(backbone, judge.scenes(SHOWN), SIZES[0])])}
+    for method in (TEACHER, *METHODS):
+        file = folder / f"{method}-0" / f"{SIZES[0]}.png"
+        if file.exists():
+            drawn[method.replace("_", " ")] = Image.open(file)
+    page = Image.new("RGB", (_MARGIN + SHOWN * SHEET_SIDE, len(drawn) * SHEET_SIDE), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (name, line) in enumerate(drawn.items()):
+        page.paste(line.resize((SHOWN * SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS), (_MARGIN, i * SHEET_SIDE))
+        pen.text((8, (i + 0.5) * SHEET_SIDE), name, "black", anchor="lm", font_size=15)
+    return page
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/world.json"), help="rows are added to this file")
     parser.add_argument("--runs", type=Path, default=Path("out/world"), help="folder for teachers, caches, students")
     parser.add_argument("--scenes", type=int, default=4096, help="that students are trained on")
-    parser.add_argument("--pictures", type=int, default=128, help="that are drawn to judge a row")
+    parser.add_argument("--pictures", type=int, default=128, help="that are drawn to judge a row; a quarter at 384²")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # two backbones side by side are faster than one on two cores
     folder = options.runs / options.backbone
@@ -133,6 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = [r for r in _rows(options.results) if (r["backbone"], r["method"], r["seed"]) != key]
         write_file(options.results, (json.dumps([*rows, row], indent=1) + "\n").encode())
         print(f"{options.backbone} {method} {seed}: {row[str(SIZES[0])]['all']:.1%}")
+        picture = io.BytesIO()
+        sheet(options.backbone, folder).save(picture, "JPEG", quality=88)
+        write_file(options.results.with_name(f"world_{options.backbone}.jpg"), picture.getvalue())
 
 
 def _rows(results: Path) -> list[dict[str, Any]]:
