@@ -45,12 +45,14 @@ METHODS: dict[str, dict[str, Any]] = {
         ("features_after_relu", "paper", {"softmax_features": "post"}),
         ("local_branch", "paper", {"local": True}),
         ("squared_relu", "paper", {"kernel": "squared_relu"}),
+        ("local_no_conv_fusion", "local", {"query": "plain"}),
         ("side_alone", "paper", {}),
         ("no_transfer", "paper", {}),
     )
 }
 METHODS["side_alone"]["trainable"] = "side"
-"""What differs from the committed configuration, `world_<backbone>`. Ours are `local` and two of its parts alone."""
+"""What differs from the committed configuration, `world_<backbone>`. Ours are `local`, two of its parts alone, and it
+without ConvFusion."""
 MAIN = ("edit", "local", "sana", "linfusion", "kv_compression")
 """What is trained from three seeds; the others from one."""
 JOINT = ("exact", "features_after_relu")
