@@ -122,7 +122,7 @@ class EDiTWeights:
 
         Args:
             transformer: the teacher, a diffusers transformer or a ComfyUI `diffusion_model`.
-            config: the student's choices.
+            config: the student's choices; by default the preset :data:`~edit_core.config.DEFAULT`.
             layers: the blocks to make weights for, `"all"` or `"0, 3-9"`.
             seed: seeds the 3x3 convolutions, an MLP's first linear and the `A` of low-rank differences, the only
                 random parts.
@@ -149,7 +149,7 @@ class EDiTWeights:
         rank: int = 16,
     ) -> EDiTWeights:
         """:meth:`init` for a base that need not be in memory: `tensor` gives a few of its biases by name."""
-        config = config or EDiTConfig()
+        config = config or EDiTConfig.preset()
         check_trainable(config, trainable)
         chosen = {block: base.sites[block] for block in parse_layers(layers, base.depth)}
         if not chosen:

@@ -123,5 +123,5 @@ class EDiTInit(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, compression: int, layers: str) -> io.NodeOutput:
-        config = EDiTConfig(compression=compression)
+        config = EDiTConfig.preset(compression=compression)
         return io.NodeOutput(EDiTWeights.init_for(identify_model(model), base_tensor(model), config, layers))

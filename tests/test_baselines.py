@@ -407,7 +407,7 @@ def test_tensors_that_a_config_does_not_ask_for_are_reported_and_ignored(tmp_pat
 @torch.no_grad()
 def test_files_from_before_these_choices_load_and_compute_the_same(backbone: str, tmp_path: Path) -> None:
     model, path = models.make(backbone), tmp_path / "w.safetensors"
-    weights = models.trained_like(model)
+    weights = models.trained_like(model, config=EDiTConfig.preset("paper"))
     weights.save(path)
     old = {"compression": 4, "kv_stride": 2, "normaliser": "token_ratio", "softmax_features": "pre", "groups": 32}
     rewrite(path, lambda tensors: None, config=json.dumps({**old, "eps": 1e-6}))
@@ -442,12 +442,14 @@ def test_init_takes_a_preset_and_changes_to_it(tmp_path: Path, capsys: pytest.Ca
     save_file(models.pixart().state_dict(), base)
     for i, (flags, config) in enumerate(
         (
-            ([], EDiTConfig()),
+            ([], EDiTConfig.preset("local")),
+            (["--preset", "paper"], EDiTConfig()),
             (["--preset", "sana", "--trainable", "low_rank"], EDiTConfig.preset("sana")),
             (["--preset", "linfusion", "--compression", "2"], EDiTConfig.preset("linfusion", compression=2)),
             (["--preset", "linfusion", "--kernel", "relu", "--joint", "linear"],
              EDiTConfig(query="mlp", key="mlp", joint="linear")),
-            (["--query", "plain"], EDiTConfig(query="plain")),
+            (["--preset", "paper", "--query", "plain"], EDiTConfig(query="plain")),
+            (["--no-local"], EDiTConfig(key="plain", kernel="squared_relu")),
         )
     ):  # fmt: skip
         path = tmp_path / f"{i}.safetensors"
@@ -458,7 +460,7 @@ def test_init_takes_a_preset_and_changes_to_it(tmp_path: Path, capsys: pytest.Ca
     for flags, part in (
         (["--preset", "sana"], "trainable=side"),
         (["--preset", "sana", "--compression", "2"], "compression=2 has no meaning with query=plain and key=plain"),
-        (["--kernel", "softmax", "--joint", "linear"], "joint=linear has no meaning with kernel=softmax"),
+        (["--preset", "paper", "--kernel", "softmax", "--joint", "linear"], "no meaning with kernel=softmax"),
     ):
         assert main(["init", str(base), str(tmp_path / "no.safetensors"), *flags]) == 2
         assert part in capsys.readouterr().err
@@ -469,7 +471,8 @@ def test_a_training_takes_a_preset_and_changes_to_it() -> None:
 
     made = load_config("debug", ["student={preset: linfusion, compression: 2}"])
     assert made.edit_config() == EDiTConfig.preset("linfusion", compression=2)
-    assert load_config("debug", ["student={query: plain}"]).edit_config() == EDiTConfig(query="plain")
+    assert load_config("debug").edit_config() == EDiTConfig.preset("local")
+    assert load_config("debug", ["student={query: plain}"]).edit_config() == EDiTConfig.preset("local", query="plain")
     for student, part in (
         ("{preset: linear}", "preset must be one of paper, sana, linfusion, kv_compression, local, not 'linear'"),
         ("{preset: sana, kv_stride: 1}", "kv_stride=1 has no meaning with key=plain"),

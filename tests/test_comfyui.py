@@ -54,6 +54,7 @@ def test_inside_comfyui(checkout: Path, check: str, backbone: str, results: Any)
         ("edit", "40x34"),
         ("low_rank", "34x40"),
         ("full", "34x40"),
+        ("paper", "34x40"),
         ("sana", "34x40"),
         ("linfusion", "34x40"),
         ("kv_compression", "34x40"),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from support import models, training
 from support.train_child import stop_after
 
-from edit_core import EDiTConfigError, EDiTError, EDiTWeights, apply_edit
+from edit_core import EDiTConfig, EDiTConfigError, EDiTError, EDiTWeights, apply_edit
 from edit_core.cli import main
 from edit_core.distill.calibrate import calibrate
 from edit_core.distill.checkpoint import latest_checkpoint, save_checkpoint
@@ -49,13 +49,14 @@ def test_transfer_lowers_each_attentions_error_fivefold_and_distill_the_whole_mo
     backbone: str, prepared: Any, tmp_path: Path
 ) -> None:
     paths = prepared(backbone)
-    initial = EDiTWeights.init(load_teacher(paths["model"], torch.float32, torch.device("cpu")))
+    initial = EDiTWeights.init(load_teacher(paths["model"], torch.float32, torch.device("cpu")), EDiTConfig())
     few = {"batch_size": 4} if backbone == "sd35_medium" else {"batch_size": 8}
     stages = (
         {**TRANSFER, "steps": 200, "lr": 1e-2, "clip": 10.0, "caption_dropout": 0.0, **few},
         {**DISTILL, "steps": 80, "accumulation": 1, "task": 0.0, "prediction": 100.0, "feature": 0.1},
     )
-    fields = {"ema": 0.0, "checkpoint_every": 1000, "trainable": "low_rank", "rank": 32, "base_lr": 0.3}
+    fields: dict[str, Any] = {"ema": 0.0, "checkpoint_every": 1000, "trainable": "low_rank", "rank": 32, "base_lr": 0.3}
+    fields["student"] = {"preset": "paper"}
     config = training.config(paths, tmp_path, *stages, **fields)
     engine = Engine(config)
     stop_after(engine, 200)
@@ -418,10 +419,10 @@ def test_calibrate_needs_only_prompts_and_lowers_the_error(
     prompts, output = tmp_path / "prompts.txt", tmp_path / "calibrated.safetensors"
     prompts.write_text("a red ship in the snow\n\na green ship in the snow\n")
     arguments = ["calibrate", "--model", str(paths["model"]), "--prompts", str(prompts), "--output", str(output)]
-    arguments += ["--size", "128", "--steps", "40", "--sampler-steps", "8", "--json"]
+    arguments += ["--size", "128", "--steps", "60", "--sampler-steps", "8", "--json"]
     assert main(arguments) == 0
     losses = json.loads(capsys.readouterr().out)["losses"]
-    assert len(losses) == 40
+    assert len(losses) == 60
     initial = EDiTWeights.init(load_teacher(paths["model"], torch.float32, torch.device("cpu")))
     before, after = (distance(paths, w).mean_attention for w in (initial, EDiTWeights.load(output)))
     assert after < 0.8 * before

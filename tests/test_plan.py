@@ -13,7 +13,7 @@ import torch
 from support import models, training
 from torch import Tensor
 
-from edit_core import EDiTError, EDiTWeights, apply_edit
+from edit_core import EDiTConfig, EDiTError, EDiTWeights, apply_edit
 from edit_core.cli import main
 from edit_core.distill import plan as planning
 from edit_core.distill.distance import teacher_distance
@@ -162,7 +162,7 @@ def test_a_speed_is_reached_with_the_least_error(monkeypatch: pytest.MonkeyPatch
 def test_blocks_that_a_speed_can_do_without_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     timed(monkeypatch, 1, 1, 1, 1)
     transformer, pictures = model(), batches()
-    weights = models.trained_like(transformer)
+    weights = models.trained_like(transformer, config=EDiTConfig())
     first, second = [parse_layers(point.layers, BLOCKS) for point in
                      make_plan(transformer, weights, pictures, 64, budget=0).curve[:2]]  # fmt: skip
     (cheap,), (dear,) = first, set(second) - set(first)

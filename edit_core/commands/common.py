@@ -8,13 +8,15 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from ..backbones import BACKBONES
-from ..config import CHOICES, PRESETS, EDiTConfig
+from ..config import CHOICES, DEFAULT, PRESETS, EDiTConfig
 from ..differences import Trainable
 from ..runtime import DTYPES, usable_device
 
 __all__ = [
     "Result",
+    "add_backbone_argument",
     "add_config_arguments",
+    "add_device_argument",
     "add_device_arguments",
     "add_model_arguments",
     "add_trainable_arguments",
@@ -32,12 +34,20 @@ class Result(NamedTuple):
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backbone", choices=[*BACKBONES, "both"], default="both", help="which transformer")
+    add_backbone_argument(parser)
     add_device_arguments(parser)
+
+
+def add_backbone_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", choices=[*BACKBONES, "both"], default="both", help="which transformer")
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of weights and computation")
+    add_device_argument(parser)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
 
 
@@ -51,7 +61,7 @@ _FIELDS = {
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--preset", choices=PRESETS, default="paper", help="a form of attention; what follows changes its fields"
+        "--preset", choices=PRESETS, default=DEFAULT, help="a form of attention; what follows changes its fields"
     )
     parser.add_argument(
         "--compression",

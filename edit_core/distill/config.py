@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..config import EDiTConfig
+from ..config import DEFAULT, EDiTConfig
 from ..differences import Trainable, check_trainable
 from ..errors import EDiTConfigError
 from .objective import Weighting
@@ -128,7 +128,7 @@ class RunConfig(Strict):
     output: Path
     """Folder for checkpoints, logs and the student; made if need be."""
     student: dict[str, Any] = Field(default_factory=dict)
-    """Fields of EDiTConfig that differ from its defaults, or, with `preset: sana` among them, from that preset's."""
+    """Which `preset` of EDiTConfig, `local` if none is named, and the fields that differ from it."""
     layers: str = "all"
     """Blocks to make linear."""
     trainable: Trainable = "side"
@@ -164,7 +164,7 @@ class RunConfig(Strict):
         return self
 
     def edit_config(self) -> EDiTConfig:
-        fields = {"preset": "paper", **self.student}
+        fields = {"preset": DEFAULT, **self.student}
         try:
             return EDiTConfig.preset(fields.pop("preset"), **fields)
         except TypeError as error:

@@ -63,7 +63,7 @@ def check_baselines_equal_diffusers(b: str) -> Any:
     """Runs students by the methods that EDiT is compared with; the outer test compares with diffusers."""
     base, made = load(b, "fp32"), weights(b)
     plain, errors = draw(base), {}
-    for preset in ("sana", "linfusion", "kv_compression", "local"):
+    for preset in ("paper", "sana", "linfusion", "kv_compression"):
         config = type(made.config).preset(preset)
         w = type(made).init(base.get_model_object("diffusion_model"), config, trainable="low_rank", rank=4)
         shake(w.tensors, 0.05)

@@ -90,7 +90,7 @@ def write_files(base: Path) -> None:
     (base / "models/checkpoints/edit_by_mistake.safetensors").write_bytes(weights.read_bytes())
     save_file({"transformer.x.lora_A.weight": torch.zeros(4)}, edits / "lora.safetensors")
     tampered = EDiTWeights.load(weights)
-    tampered.tensors["1.self.compress_k.conv.weight"] = torch.zeros(1152, 1, 5, 5)
+    tampered.tensors["1.self.local.weight"] = torch.zeros(1152, 1, 5, 5)
     tampered.save(edits / "wrong_shape.safetensors")
     state = load_file(weights)
     metadata = {"format": "edit", "format_version": "1", "backbone": "pixart_sigma", "config": '{"compression": 8}'}
