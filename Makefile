@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 # The README's table of speeds: both models at full size, 15 minutes and 8 GB on two cores.
 bench: $(READY)
 	mkdir -p docs
-	$(BIN)/python -m edit_core bench --dtype bfloat16 --sizes 1024 --save docs/bench_cpu.json
+	$(BIN)/python -m edit_core bench --preset readme --save docs/bench_cpu.json
 	$(BIN)/python tests/tools/fill_readme.py
 
 # What a training costs, at the real models' width, for docs/training.md: half an hour and 16 GB on two cores.

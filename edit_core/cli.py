@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 from . import __version__
 from .commands import COMMANDS
-from .errors import EDiTError
+from .errors import EDiTError, EDiTResultError
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0 on success, 2 on bad usage, 130 after Ctrl-C."""
+    """Runs a command; returns the exit status: 0 on success, 1 if a check fails, 2 on bad usage, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="edit_core", description="EDiT: linear attention for diffusion transformers.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = options.command.run(options)
     except EDiTError as error:
         print(f"edit_core: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, EDiTResultError) else 2
     except KeyboardInterrupt:
         print("edit_core: stopped", file=sys.stderr)
         return 130

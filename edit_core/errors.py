@@ -1,6 +1,6 @@
 """Errors that a user can cause and mend: each message is one sentence that says what was found and what to do."""
 
-__all__ = ["EDiTConfigError", "EDiTError", "EDiTModelError", "EDiTWeightsError"]
+__all__ = ["EDiTConfigError", "EDiTError", "EDiTModelError", "EDiTResultError", "EDiTWeightsError"]
 
 
 class EDiTError(ValueError):
@@ -13,6 +13,10 @@ class EDiTConfigError(EDiTError):
 
 class EDiTModelError(EDiTError):
     """A base model is not one that EDiT knows, or cannot be used as asked."""
+
+
+class EDiTResultError(EDiTError):
+    """A fast path's output is not its specification's: no mistake of the user's."""
 
 
 class EDiTWeightsError(EDiTError):

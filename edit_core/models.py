@@ -39,7 +39,8 @@ def random_transformer(
     generator = torch.Generator().manual_seed(seed)
     state = {name: _random(name, parameter, dtype, generator) for name, parameter in model.named_parameters()}
     model.load_state_dict(state, strict=False, assign=True)
-    return model.to(dtype).eval().requires_grad_(False)
+    nn.Module.to(model, dtype)  # diffusers' own warns of layers it has none of
+    return model.eval().requires_grad_(False)
 
 
 def empty_transformer(backbone: str, blocks: int | None = None, side: int = 1024) -> Any:

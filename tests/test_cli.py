@@ -95,11 +95,11 @@ def test_mistakes_are_one_line_with_status_two(base: Path, tmp_path: Path, capsy
         (("info", cut), "not a complete safetensors file"),
         (("info", base / "flux.safetensors"), "is FLUX"),
         (("bench", "--sizes", "1000"), "multiples of 16"),
-        (("bench", "--blocks", "99"), "1 to 28 blocks"),
+        (("bench", "--level", "transformer", "--blocks", "99"), "1 to 28 blocks"),
         (("bench", "--repeats", "0"), "at least 1"),
         (("bench", "--device", "cuda:77"), "cannot be used here"),
         (("bench", "--device", "abacus"), "cannot be used here"),
-        (("bench", "--blocks", "1", "--sizes", "64", "--layers", "3-"), "is not a block"),
+        (("bench", "--level", "transformer", "--blocks", "1", "--sizes", "64", "--layers", "3-"), "is not a block"),
         (("demo", "--size", "1000"), "multiples of 16"),
         (("demo", "--steps", "0"), "at least 1"),
     ):
@@ -124,16 +124,17 @@ def test_bad_usage_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_measures_both_models_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = tmp_path / "bench.json"
     status, out, _ = run(
-        capsys, "bench", "--blocks", 1, "--sizes", 128, "--repeats", 2, "--dtype", "bfloat16", "--save", saved
-    )
+        capsys, "bench", "--level", "transformer", "--contenders", "teacher", "paper", "--blocks", 1, "--sizes", 128,
+        "--repeats", 2, "--dtype", "bfloat16", "--save", saved,
+    )  # fmt: skip
     assert status == 0
     assert "| PixArt-Σ, 1 blocks | 128² | 64 |" in out
     measured = json.loads(saved.read_text())
     assert [m["backbone"] for m in measured] == ["pixart_sigma", "sd35_medium"]
     for m in measured:
-        assert len(m["teacher"]) == len(m["edit"]) == 2
+        assert len(m["seconds"]["teacher"]) == len(m["seconds"]["paper"]) == 2
         assert m["dtype"] == "bfloat16"
-        assert m["ratio"] > 0
+        assert m["speed"]["paper"] > 0
 
 
 def test_demo_draws_with_teacher_and_student_and_restores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +168,7 @@ def test_the_package_needs_only_torch_safetensors_and_einops(tmp_path: Path) -> 
         "sys.meta_path.insert(0, Blocked())\n"
         "from edit_core.cli import main\n"
         "import edit_core.attention.naive\n"
-        "raise SystemExit(main(['bench', '--blocks', '1']))\n"
+        "raise SystemExit(main(['bench']))\n"
     )
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert process.returncode == 2

@@ -1,54 +1,116 @@
-"""Time a whole transformer of real dimensions with EDiT against itself without, in alternation.
+"""Time attention with EDiT and without, one layer of it or whole transformers, of real dimensions.
 
-The weights are random, since speed does not depend on them.
+Contenders take turns in one process: the model's own softmax attention (`teacher`), EDiT's presets and what they are
+compared with, other softmax kernels where their packages are installed, and the `limit`, the same model with its
+softmax free of charge. The weights are random, since speed does not depend on them. Memory is what a call holds beyond
+weights and inputs: by the allocator's statistics on CUDA, by the profiler's record of allocations on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
-from ..bench import Measurement, measure, table
+from ..bench import CONTENDERS, LEVELS, Measurement, draw, grid_of, measure, table, verify
 from ..errors import EDiTError
+from ..files import write_file
 from ..runtime import DTYPES, progress
-from .common import Result, add_config_arguments, add_model_arguments, backbones_of, config_of, device_of
+from .common import Result, add_backbone_argument, add_device_argument, backbones_of, device_of
+
+_DEFAULTS: dict[str, Any] = {
+    "level": ["layer"],
+    "contenders": None,
+    "dtype": "float32",
+    "sizes": [1024],
+    "batch": [1],
+    "repeats": 3,
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "readme": {"level": ["transformer"], "contenders": ["teacher", "paper"], "dtype": "bfloat16"},
+}
+"""By name, what differs from the defaults; `readme` measures what the README's table shows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    add_config_arguments(parser)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1024], help="pixels per side of the square pictures")
-    parser.add_argument("--batch", type=int, default=1, help="pictures per call; 2 as with classifier-free guidance")
-    parser.add_argument("--blocks", type=int, default=None, help="fewer blocks than the real model has")
-    parser.add_argument("--repeats", type=int, default=3, help="timed pairs of calls, after one to warm up")
+    add_backbone_argument(parser)
+    add_device_argument(parser)
+    parser.add_argument(
+        "--preset",
+        choices=_PRESETS,
+        default=None,
+        help="readme: what the README's table shows; what follows changes it",
+    )
+
+    def add(name: str, help: str, **options: Any) -> None:
+        default = _DEFAULTS[name]
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default or "all that can run here"
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{help} (default: {shown})", **options)
+
+    add("level", "one layer's self-attentions with their projections, or the transformer", nargs="+", choices=LEVELS)
+    add(
+        "contenders",
+        f"what takes turns: {', '.join(CONTENDERS)}; a preset's fields may differ, as in paper:compression=8",
+        nargs="+",
+    )
+    add("dtype", "dtype of weights and computation", choices=DTYPES)
+    add("sizes", "pixels per side of the square pictures; 1024 are 4096 tokens", nargs="+", type=int)
+    add("batch", "pictures per call; 2 as with classifier-free guidance", nargs="+", type=int)
+    add("repeats", "timed rounds, after one to warm up and one for the memory", type=int)
+    parser.add_argument("--blocks", type=int, default=None, help="of a transformer, fewer than the real one's")
+    parser.add_argument(
+        "--layers",
+        default=None,
+        help='of a transformer, the blocks that contenders replace: "all", "none" or "0, 3-9, 27"; all by default',
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="first hold students' outputs against the formulas; exit with 1 if wrong"
+    )
     parser.add_argument("--save", default=None, help="a .json file to write the measurements to")
+    parser.add_argument("--plot", default=None, help="a .png file: time against tokens, with fitted slopes")
 
 
 def run(options: Any) -> Result:
-    if options.repeats < 1 or options.batch < 1:
+    options = argparse.Namespace(**{**_DEFAULTS, **_PRESETS.get(options.preset, {}), **vars(options)})
+    _check(options)
+    device, dtype, names = device_of(options), DTYPES[options.dtype], options.contenders or CONTENDERS
+    backbones = backbones_of(options)
+    errors = {backbone: verify(backbone, names, dtype, device) if options.verify else {} for backbone in backbones}
+    found: list[Measurement] = []
+    for level, backbone, batch, side in itertools.product(options.level, backbones, options.batch, options.sizes):
+        part = {"blocks": options.blocks, "layers": options.layers or "all"} if level == "transformer" else {}
+        optional = options.contenders is None
+        steps = measure(level, backbone, side, batch, dtype, device, options.repeats, names, optional=optional, **part)
+        for last in progress(steps, options.repeats, f"{level} {backbone} {side}²"):
+            complete = last
+        found.append(dataclasses.replace(complete, errors=errors[backbone]))
+        if options.save:  # after each, since the large sizes take long
+            data = json.dumps([m.to_json() for m in found], indent=1) + "\n"
+            write_file(Path(options.save), data.encode())
+    if options.plot:
+        from ..distill.sampling import png
+
+        write_file(Path(options.plot), png(draw(found)))
+    return Result(table(found), [m.to_json() for m in found])
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What can be known to be wrong before anything is measured.
+
+    Raises:
+        EDiTError: what is wrong.
+    """
+    if options.repeats < 1 or min(options.batch) < 1:
         raise EDiTError("--repeats and --batch must be at least 1")
-    device, found = device_of(options), []
-    for backbone in backbones_of(options):
-        for side in options.sizes:
-            last: Measurement | None = None
-            steps = measure(
-                backbone,
-                side,
-                options.batch,
-                DTYPES[options.dtype],
-                device,
-                options.repeats,
-                options.blocks,
-                config_of(options),
-                options.layers,
-            )
-            for last in progress(steps, options.repeats, f"{backbone} {side}²"):  # noqa: B007 - the last is complete
-                pass
-            assert last is not None  # noqa: S101 - at least one repeat
-            found.append(last)
-    data = [m.to_json() for m in found]
-    if options.save:
-        Path(options.save).write_text(json.dumps(data, indent=1) + "\n")
-    return Result(table(found), data)
+    for side in options.sizes:
+        grid_of(side)
+    if "transformer" not in options.level and (options.blocks is not None or options.layers is not None):
+        raise EDiTError("--blocks and --layers are of --level transformer: a layer is of one block")
+    if options.plot and len(set(options.sizes)) < 2:
+        raise EDiTError("--plot draws time against tokens, and needs at least two --sizes")
+    for path in filter(None, (options.save, options.plot)):
+        if not Path(path).parent.is_dir():
+            raise EDiTError(f"{path}: cannot be written (there is no such folder)")

@@ -29,8 +29,8 @@ def filled(readme: str) -> str:
     measurements = [Measurement.from_json(data) for data in json.loads(MEASUREMENTS.read_text(encoding="utf-8"))]
     text = (
         "Seconds per call of the whole transformer at full size (28 and 24 blocks, real widths, random weights), the "
-        "model's own attention and EDiT in alternation; median, with the fastest and slowest. `make bench` measures "
-        "it anew.\n\n" + table(measurements)
+        "model's own attention (the teacher) and EDiT in alternation; median, with the fastest and slowest. "
+        "`make bench` measures it anew.\n\n" + table(measurements)
     )
     return between(readme, "bench", text)
 

@@ -1,0 +1,10 @@
+"""How fast attention is with EDiT and without: one process, calls in alternation, medians, memory, checked outputs."""
+
+from .contenders import CONTENDERS
+from .plot import draw
+from .report import Measurement, device_name, table
+from .subjects import LEVELS, grid_of
+from .timing import measure
+from .verify import verify
+
+__all__ = ["CONTENDERS", "LEVELS", "Measurement", "device_name", "draw", "grid_of", "measure", "table", "verify"]
