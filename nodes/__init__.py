@@ -5,13 +5,18 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import EDiTApply, EDiTInit
+from .benchmark import EDiTBenchmark
+from .calibrate import EDiTCalibrate
+from .compare import EDiTCompare
 from .files import EDiTLoadModel, EDiTLoadWeights, EDiTSaveWeights, register_model_folder
+from .report import EDiTLayerReport
 from .small_world import EDiTSmallWorldText, register_small_world
 
 __all__ = ["comfy_entrypoint"]
 
 NODES: list[type[io.ComfyNode]] = [
-    EDiTLoadModel, EDiTLoadWeights, EDiTApply, EDiTInit, EDiTSaveWeights, EDiTSmallWorldText,
+    EDiTLoadModel, EDiTLoadWeights, EDiTApply, EDiTInit, EDiTCalibrate, EDiTSaveWeights, EDiTLayerReport,
+    EDiTBenchmark, EDiTCompare, EDiTSmallWorldText,
 ]  # fmt: skip
 
 

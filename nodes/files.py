@@ -102,7 +102,7 @@ class EDiTLoadModel(io.ComfyNode):
                     tooltip="EDiT weights in models/edit to apply to all blocks, or none for the plain model.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="MODEL")],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The model, with EDiT if chosen.")],
         )
 
     @classmethod
@@ -159,7 +159,7 @@ class EDiTLoadWeights(io.ComfyNode):
                     tooltip="A .safetensors file with EDiT weights in models/edit.",
                 ),
             ],
-            outputs=[Weights.Output(display_name="EDIT_WEIGHTS")],
+            outputs=[Weights.Output(display_name="EDIT_WEIGHTS", tooltip="The weights in the file.")],
         )
 
     @classmethod

@@ -27,7 +27,7 @@ from ..edit_core.attention import EDiTAttention
 from ..edit_core.backbones import Backbone, Base, HostCall, identify_module
 from ..edit_core.layers import format_layers
 
-__all__ = ["apply_to_model", "base_tensor", "identify_model"]
+__all__ = ["KEY", "apply_to_model", "base_tensor", "compute_dtype", "identify_model", "replace_forward"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class EDiTInjection(PatcherInjection):
                 for i, (application, side) in enumerate(zip(self.applications, sides, strict=True))
                 if block in application.blocks
             ]
-            running.restore.append(_replace_forward(module, self._forward(module, candidates[::-1], running, backbone)))
+            running.restore.append(replace_forward(module, self._forward(module, candidates[::-1], running, backbone)))
 
     def _eject(self, patcher: Any) -> None:
         running = _RUNNING.pop(patcher.model, None)
@@ -143,7 +143,7 @@ class EDiTInjection(PatcherInjection):
             running.active.append(active)
 
 
-def _replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+def replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Sets an instance's forward; returns what restores it exactly, another pack's object patch included."""
     if "forward" in module.__dict__:
         previous = module.forward
@@ -217,7 +217,7 @@ def apply_to_model(
         logger.warning("EDiT: %d of the model's layers were changed before; the changes add up", len(twice))
     application = Application(base.backbone, blocks, start_percent, end_percent, min_tokens, changed)
     injection = EDiTInjection((*earlier, application))
-    side = side_patcher(weights, blocks, _compute_dtype(model))
+    side = side_patcher(weights, blocks, compute_dtype(model))
     model.set_additional_models(KEY, [*model.get_additional_models_with_key(KEY), side])
     model.set_injections(KEY, [injection])
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
@@ -274,6 +274,6 @@ def side_patcher(
     return patcher
 
 
-def _compute_dtype(model: Any) -> torch.dtype:
+def compute_dtype(model: Any) -> torch.dtype:
     """What the base computes in, which for an fp8 base is not what it is stored in."""
     return model.model.manual_cast_dtype or model.model.get_dtype()

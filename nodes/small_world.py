@@ -162,7 +162,7 @@ class EDiTSmallWorldText(io.ComfyNode):
                     "is always of the same length.",
                 ),
             ],
-            outputs=[io.Clip.Output(display_name="CLIP")],
+            outputs=[io.Clip.Output(display_name="CLIP", tooltip="For CLIP Text Encode.")],
         )
 
     @classmethod

@@ -5,22 +5,21 @@ No data set is needed: each step of the teacher's own sampling is one step of th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from .. import __version__
 from ..apply import apply_edit
 from ..errors import EDiTError
 from ..weights import EDiTWeights
 from .losses import TransferTap
 from .objective import call_arguments, prediction
-from .optimizer import make_optimizer
+from .transfer import trained_weights, transfer
 
 __all__ = ["calibrate"]
 
@@ -64,47 +63,50 @@ def calibrate(
     """
     if not conditions:
         raise EDiTError("calibrate needs at least one prompt")
-    backbone, device = weights.backbone, transformer.device
-    losses: list[float] = []
     trainable = [p for p in transformer.parameters() if p.requires_grad]
     with apply_edit(transformer, weights) as handle, _frozen(trainable):
         for trained in (handle.sides, handle.differences):
             trained.float().requires_grad_(True)
         parameters = handle.trainable()
-        optimizer = make_optimizer(parameters, lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        scaler = torch.amp.GradScaler(device.type, enabled=transformer.dtype == torch.float16)
-        handle.tap = TransferTap(lambda loss: scaler.scale(loss).backward())
-        autocast = torch.autocast(device.type, transformer.dtype, transformer.dtype != torch.float32)
-        scheduler, latent, picture = _sampler(backbone), torch.empty(0), 0
-        times: list[Tensor] = []
-        for step in range(steps):
-            if not times:  # the next picture
-                scheduler.set_timesteps(sampler_steps)
-                times = list(scheduler.timesteps)
-                generator = torch.Generator().manual_seed(seed + picture)
-                latent = torch.randn(1, transformer.config.in_channels, height, width, generator=generator).to(device)
-                both = _pair(conditions[picture % len(conditions)], negative)
-                picture += 1
-            time = times.pop(0)
-            twice = latent.expand(2, -1, -1, -1).to(transformer.dtype)
+        shape = (1, transformer.config.in_channels, height, width)
+        drawing = _draw(transformer, weights.backbone, conditions, negative, shape, sampler_steps, guidance, seed)
+
+        def teach(tap: TransferTap) -> None:
+            handle.tap = tap
+            next(drawing)
+
+        scaled = transformer.dtype == torch.float16
+        losses = transfer(
+            parameters, teach, steps=steps, lr=lr, device=transformer.device, scaled=scaled, on_step=on_step
+        )
+        recipe = {"lr": lr, "guidance": guidance}
+        return trained_weights(weights, parameters, recipe, steps, f"{len(conditions)} prompts"), losses
+
+
+def _draw(
+    transformer: Any,
+    backbone: str,
+    conditions: Sequence[Mapping[str, Tensor]],
+    negative: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    sampler_steps: int,
+    guidance: float,
+    seed: int,
+) -> Iterator[None]:
+    """Samples for ever, picture after picture and prompt after prompt; every `next` is one step of the sampling."""
+    device, dtype = transformer.device, transformer.dtype
+    scheduler = _sampler(backbone)
+    for picture in itertools.count():
+        scheduler.set_timesteps(sampler_steps)
+        latent = torch.randn(shape, generator=torch.Generator().manual_seed(seed + picture)).to(device)  # (1, c, h, w)
+        both = _pair(conditions[picture % len(conditions)], negative)
+        for time in scheduler.timesteps:
+            twice = latent.expand(2, -1, -1, -1).to(dtype)
             arguments = call_arguments(backbone, twice, time.expand(2).to(device), both, device)
-            optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
                 guided, plain = prediction(backbone, transformer(**arguments)[0]).float().chunk(2)
             latent = scheduler.step(plain + guidance * (guided - plain), time, latent).prev_sample
-            losses.append(float(torch.stack(list(handle.tap.losses.values())).mean()))
-            if losses[-1] != losses[-1] or losses[-1] == float("inf"):
-                raise EDiTError(f"the error is not finite at step {step}; try a lower lr")
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            on_step(step, losses[-1])
-        tensors = {name: p.detach().cpu().clone() for name, p in parameters.items()}
-    training = {"recipe": {"calibrate": {"lr": lr, "guidance": guidance}}, "steps": steps, "tool_version": __version__}
-    return replace(weights, tensors=tensors, training={**training, "data": f"{len(conditions)} prompts"}), losses
+            yield
 
 
 @contextmanager

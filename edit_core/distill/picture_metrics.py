@@ -10,26 +10,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
+
+from ..similarity import psnr, ssim
 
 __all__ = ["clip_score", "cmmd", "fid", "latent_cosine", "lpips", "psnr", "ssim"]
 
 _SIGMA = 10.0  # CMMD's kernel width and scale, as in its authors' code
 _SCALE = 1000.0
 _LPIPS_SIDE = 64  # pixels; AlexNet's poolings leave nothing of smaller pictures
-
-
-def psnr(student: Tensor, teacher: Tensor) -> float:
-    """Peak signal-to-noise ratio of two pictures `(H, W, 3)` uint8, in dB; infinite where they are the same."""
-    return float(peak_signal_noise_ratio(student.double(), teacher.double(), data_range=255.0))
-
-
-def ssim(student: Tensor, teacher: Tensor) -> float:
-    """Structural similarity of two pictures `(H, W, 3)` uint8, up to 1 (Wang et al. 2004, 11x11 Gaussian window)."""
-    value = structural_similarity_index_measure(_planes(student), _planes(teacher), data_range=1.0)
-    assert isinstance(value, Tensor)  # noqa: S101 - it gives a pair only where one is asked for
-    return float(value)
 
 
 def latent_cosine(student: Tensor, teacher: Tensor) -> float:

@@ -112,6 +112,10 @@ class Server:
             time.sleep(0.1)
         raise ServerError(f"no result after {PROMPT_SECONDS} s:\n{self._log_tail()}")
 
+    def interrupt(self) -> None:
+        """Asks the node that is running to stop, as the button does."""
+        self._request("/interrupt", {})
+
     def _request(self, path: str, data: dict[str, Any] | None = None) -> bytes:
         body = None if data is None else json.dumps(data).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body)
