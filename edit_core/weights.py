@@ -186,7 +186,7 @@ class EDiTWeights:
         sites = self.sites
         wanted = {block: sites[block] for block in blocks}
         modules = build_sides(self.dim, wanted, self.config, layers, device, dtype)
-        modules.to(memory_format=torch.channels_last)
+        modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch names it nowhere
         ours = {name: match for name in self.tensors if (match := _NAME.fullmatch(name))}
         state = {n: self.tensors[n].to(dtype=dtype) for n, match in ours.items() if int(match[1]) in wanted}
         kernels = {n: t.to(memory_format=torch.channels_last) for n, t in state.items() if t.ndim == 4}
