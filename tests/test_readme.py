@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
-from typing import Any
 
 from support import comfy
+from support.tools import tool
 
 from edit_core.commands import COMMANDS
 
 README = (comfy.PACK / "README.md").read_text(encoding="utf-8")
-
-
-def tool(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_tables_are_those_of_the_measurements() -> None:

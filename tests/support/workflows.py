@@ -22,8 +22,9 @@ from . import comfy, models
 from .server import Run, Server
 
 WORKFLOWS = comfy.PACK / "workflows"
-NAMES = [backbone + kind for backbone in models.BACKBONES for kind in ("", "_edit", "_ab")]
-NAMES += [f"small_world_{backbone}_ab" for backbone in models.BACKBONES]
+KINDS = ("", "_edit", "_ab", "_calibrate", "_benchmark")
+NAMES = [backbone + kind for backbone in models.BACKBONES for kind in KINDS]
+NAMES += [f"small_world_{backbone}{kind}" for backbone in models.BACKBONES for kind in KINDS[2:]]
 WIDTH, HEIGHT = 320, 256  # PixArt in ComfyUI needs a mean side of more than 256
 TEXT_LOADERS = ("CLIPLoader", "TripleCLIPLoader")
 
@@ -124,6 +125,10 @@ def small(prompt: Prompt, seed: int) -> Prompt:
                 inputs["seed"] = seed
         elif node["class_type"] == "PrimitiveInt":
             inputs["value"] = seed
+        elif node["class_type"] == "EDiTCalibrate":
+            inputs |= {"steps": 2, "seed": seed}
+        elif node["class_type"] == "EDiTBenchmark":
+            inputs |= {"sizes": "288", "repeats": 1}
         elif node["class_type"].startswith("Empty"):
             inputs |= {"width": WIDTH, "height": HEIGHT}
     return prompt

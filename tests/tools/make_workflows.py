@@ -57,7 +57,9 @@ class Model:
     prompt: str = PROMPT
     negative: str = NEGATIVE
     side: int = 1024
-    kinds: tuple[str, ...] = ("", "_edit", "_ab")
+    kinds: tuple[str, ...] = ("", "_edit", "_ab", "_calibrate", "_benchmark")
+    calibration_steps: int = 200
+    timed_sizes: str = "512, 1024, 2048"
 
 
 def small_model(backbone: str, title: str, latent: str, sampler: str, scheduler: str) -> Model:
@@ -78,7 +80,9 @@ def small_model(backbone: str, title: str, latent: str, sampler: str, scheduler:
         prompt=SMALL_PROMPT,
         negative="",
         side=272,
-        kinds=("_ab",),
+        kinds=("_ab", "_calibrate", "_benchmark"),
+        calibration_steps=100,
+        timed_sizes="288, 512, 1024",
     )
 
 
@@ -124,7 +128,13 @@ MODELS = [
     small_model("sd35_medium", "Stable Diffusion 3.5-Medium", "EmptySD3LatentImage", "euler", "normal"),
 ]
 
-KINDS = {"": "plain", "_edit": "EDiT", "_ab": "A/B: base beside EDiT"}
+KINDS = {
+    "": "plain",
+    "_edit": "EDiT",
+    "_ab": "A/B: base beside EDiT",
+    "_calibrate": "calibrate, report, apply, save",
+    "_benchmark": "benchmark",
+}
 
 
 @dataclass
@@ -149,13 +159,60 @@ class Group:
     """Per column its width and its nodes, from top to bottom."""
 
 
-def groups_of(model: Model, kind: str) -> list[Group]:
-    """The workflow's nodes, in the groups and columns in which they are drawn."""
-    edit, both = kind != "", kind == "_ab"
-    base = Node(
+def base_of(model: Model) -> Node:
+    return Node(
         "EDiTLoadModel", f"Load {model.title}",
         {"model_name": f"diffusion_models/{model.file}", "weight_dtype": "default", "edit_weights": "none"}, (340, 120),
     )  # fmt: skip
+
+
+def init_of(model: tuple[Node, int]) -> Node:
+    return Node("EDiTInit", "Init EDiT weights", {"model": model, "compression": 4, "layers": "all"}, (340, 100))
+
+
+def applied_of(model: tuple[Node, int], weights: tuple[Node, int], layers: Any = "all") -> Node:
+    return Node(
+        "EDiTApply", "Apply EDiT",
+        {"layers": layers, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0,
+         "model": model, "edit_weights": weights}, (340, 170),
+    )  # fmt: skip
+
+
+def numbered(groups: list[Group]) -> list[Group]:
+    """The same groups, once their nodes have their numbers."""
+    nodes = [node for group in groups for _, column in group.columns for node in column]
+    for number, node in enumerate(nodes, start=1):
+        node.id = number
+    return groups
+
+
+def benchmark_of(model: Model) -> list[Group]:
+    """The model before and after EDiT, timed; what the weights hold does not matter, so untrained ones do."""
+    base = base_of(model)
+    weights = init_of(base[0])
+    applied = applied_of(base[0], weights[0])
+    benchmark = Node(
+        "EDiTBenchmark", "Benchmark",
+        {"model_a": base[0], "model_b": applied[0], "sizes": model.timed_sizes, "repeats": 5}, (480, 440),
+    )  # fmt: skip
+    table = Node("PreviewAny", "Table", {"source": benchmark[1]}, (480, 260))
+    save = Node(
+        "SaveImage", "Save chart", {"filename_prefix": f"EDiT/{model.name}_benchmark", "images": benchmark[0]},
+        (480, 330),
+    )  # fmt: skip
+    return numbered([
+        Group("1 · Model", BLUE, [(340, [base])]),
+        Group("2 · Linear attention", GREEN, [(340, [weights, applied])]),
+        Group("3 · Times", BLUE, [(480, [benchmark, table]), (480, [save])]),
+    ])  # fmt: skip
+
+
+def groups_of(model: Model, kind: str) -> list[Group]:
+    """The workflow's nodes, in the groups and columns in which they are drawn."""
+    if kind == "_benchmark":
+        return benchmark_of(model)
+    edit, both, calibrate = kind != "", kind == "_ab", kind == "_calibrate"
+    base = base_of(model)
     text = Node(
         model.text_loader, "Load text encoders", model.text_inputs, (340, 120),
         models=[{"name": n, "url": u, "directory": "text_encoders"} for n, u in model.text_files.items()],
@@ -174,13 +231,32 @@ def groups_of(model: Model, kind: str) -> list[Group]:
         base_trunk = Node("ModelSamplingSD3", "Shift", {"shift": model.shift, "model": base[0]}, (340, 60))
         patches.append(base_trunk)
     variants = {"": base_trunk}
-    if edit:
-        weights = Node("EDiTLoadWeights", "Load EDiT weights", {"edit_name": model.edit_file}, (340, 60))
-        applied = Node(
-            "EDiTApply", "Apply EDiT",
-            {"layers": "all", "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0,
-             "model": base_trunk[0], "edit_weights": weights[0]}, (340, 170),
+    reported = []
+    if calibrate:
+        init = init_of(base_trunk[0])
+        weights = Node(
+            "EDiTCalibrate", "Calibrate",
+            {"model": base_trunk[0], "edit_weights": init[0], "positive": positive[0], "negative": negative[0],
+             "latent": latent[0], "steps": model.calibration_steps, "lr": 0.005, "seed": 0}, (340, 420),
+            after_generate="fixed",  # else every run would train anew
         )  # fmt: skip
+        saved = Node(
+            "EDiTSaveWeights", "Save EDiT weights",
+            {"filename_prefix": f"{model.name}_calibrated", "edit_weights": weights[0]}, (340, 60),
+        )  # fmt: skip
+        report = Node(
+            "EDiTLayerReport", "Layer report",
+            {"model": base_trunk[0], "edit_weights": weights[0], "conditioning": positive[0], "latent": latent[0],
+             "threshold": 0.5}, (400, 360),
+        )  # fmt: skip
+        layers = Node("PreviewAny", "Suggested layers", {"source": report[1]}, (400, 90))
+        applied = applied_of(base_trunk[0], weights[0], report[1])
+        patches += [init, weights, saved]
+        reported = [report, layers, applied]
+        variants = {"_calibrated": applied}
+    elif edit:
+        weights = Node("EDiTLoadWeights", "Load EDiT weights", {"edit_name": model.edit_file}, (340, 60))
+        applied = applied_of(base_trunk[0], weights[0])
         patches += [weights, applied]
         variants = {"_base": base_trunk, "_edit": applied} if both else {"_edit": applied}
     settings = [positive, negative, latent]
@@ -194,9 +270,11 @@ def groups_of(model: Model, kind: str) -> list[Group]:
         Group("2 · Prompt, size and seed" if both else "2 · Prompt and size", BLUE, [(400, settings)]),
     ]
     if patches:
-        groups.append(
-            Group("3 · Linear attention" if edit else "3 · Sampling", GREEN if edit else BLUE, [(340, patches)])
-        )
+        title = "3 · Calibrate" if calibrate else "3 · Linear attention" if edit else "3 · Sampling"
+        groups.append(Group(title, GREEN if edit else BLUE, [(340, patches)]))
+    if reported:
+        groups.append(Group("4 · Report and apply", GREEN, [(400, reported)]))
+    decoded = []
     for suffix, source in variants.items():
         sampler = Node(
             "KSampler", f"Sample{' base' if suffix == '_base' else ' EDiT' if suffix else ''}",
@@ -204,6 +282,7 @@ def groups_of(model: Model, kind: str) -> list[Group]:
              "latent_image": latent[0]}, (315, 262), after_generate="fixed" if both else "randomize",
         )  # fmt: skip
         decode = Node("VAEDecode", "Decode", {"samples": sampler[0], "vae": vae[0]}, (315, 46))
+        decoded.append(decode)
         save = Node(
             "SaveImage", f"Save{' base' if suffix == '_base' else ' EDiT' if suffix else ''}",
             {"filename_prefix": f"EDiT/{model.name}{suffix}", "images": decode[0]}, (360, 390),
@@ -211,18 +290,16 @@ def groups_of(model: Model, kind: str) -> list[Group]:
         arm = {"_base": ("Base model: softmax attention", VIOLET), "_edit": ("EDiT: linear attention", GREEN)}
         label, color = arm[suffix] if both else ("Picture", BLUE)
         groups.append(Group(f"{len(groups) + 1} · {label}", color, [(315, [sampler, decode]), (360, [save])]))
-    nodes = [node for group in groups for _, column in group.columns for node in column]
-    for number, node in enumerate(nodes, start=1):
-        node.id = number
-    return groups
+    if both:
+        compare = Node(
+            "EDiTCompare", "Compare", {"image_a": decoded[0][0], "image_b": decoded[1][0], "gain": 4.0}, (420, 480)
+        )
+        groups.append(Group(f"{len(groups) + 1} · Compare", BLUE, [(420, [compare])]))
+    return numbered(groups)
 
 
 def note_of(model: Model, kind: str) -> str:
     """Markdown for the user: the files, what EDiT does, and what is not there yet."""
-    renamed = {
-        "diffusion_models": (model.file, model.source),
-        "vae": (model.vae, model.vae_source),
-    }
 
     def line(name: str, url: str) -> str:
         original = Path(url).name
@@ -233,10 +310,11 @@ def note_of(model: Model, kind: str) -> str:
         )
 
     text = [f"## {model.title}: {KINDS[kind]}", "", "### Files", ""]
-    text += ["**models/diffusion_models**", "", line(*renamed["diffusion_models"]), ""]
-    text += ["**models/text_encoders**", "", *(line(n, u) for n, u in model.text_files.items()), ""]
-    text += ["**models/vae**", "", line(*renamed["vae"]), ""]
-    if kind:
+    text += ["**models/diffusion_models**", "", line(model.file, model.source), ""]
+    if kind != "_benchmark":
+        text += ["**models/text_encoders**", "", *(line(n, u) for n, u in model.text_files.items()), ""]
+        text += ["**models/vae**", "", line(model.vae, model.vae_source), ""]
+    if kind in ("_edit", "_ab"):
         text += ["**models/edit**", "", f"- `{model.edit_file}` (see below)", ""]
     text += [
         "*EDiT: Load Model* also finds files in models/checkpoints. After adding files, press **R**."
@@ -250,13 +328,17 @@ def note_of(model: Model, kind: str) -> str:
         ]  # fmt: skip
         return "\n".join(text)
     text += ["### What EDiT does", "", WHAT[model.name], ""]
+    if kind == "_benchmark":
+        return "\n".join([*text, *MEASURED])
+    if kind == "_calibrate":
+        return "\n".join([*text, *calibration_of(model)])
     text += [
         "### No trained weights are published yet", "",
         "EDiT needs weights that were distilled from this base model, and none can be downloaded today. You can",
         "",
         "- distil your own (the pack's README says how), or",
-        "- try the graph with untrained ones: *EDiT: Init Weights* into *EDiT: Save Weights*, then choose the file "
-        "in *Load EDiT weights*. They show that everything runs and how fast; **they draw badly**.",
+        "- calibrate some in minutes with the template that has `_calibrate` in its name, then choose the file in "
+        "*Load EDiT weights*. They show that everything runs and how fast; **they draw worse than distilled ones**.",
     ]  # fmt: skip
     if kind == "_ab":
         text += ["", *TWO_PICTURES]
@@ -267,18 +349,25 @@ def note_of(model: Model, kind: str) -> str:
 
 def small_note_of(model: Model, kind: str) -> str:
     """Markdown for the user: what the small world is, and what can be asked of it."""
+    files = [f"- of models/diffusion_models: `{model.file}`, the teacher"]
+    if kind != "_benchmark":
+        files.append(f"- of models/vae: `{model.vae}`")
+    if kind == "_ab":
+        files.append(f"- of models/edit: `{model.edit_file}`, EDiT weights that were distilled from it")
     text = [
         f"## The {model.title}: {KINDS[kind]}", "",
         "### Files", "",
         "They come with the pack, and are listed beside your own:", "",
-        f"- of models/diffusion_models: `{model.file}`, the teacher",
-        f"- of models/vae: `{model.vae}`",
-        f"- of models/edit: `{model.edit_file}`, EDiT weights that were distilled from it", "",
+        *files, "",
         "Nothing has to be downloaded, and a CPU is enough.", "",
         "### What it is", "",
         "A model of the real architecture with a few million parameters, which has seen nothing but drawn scenes. Load "
         "it with *EDiT: Load Model* and encode text with *EDiT: Small World Text Encoder*; everything else is as for "
         "the real one.", "",
+    ]  # fmt: skip
+    if kind == "_benchmark":
+        return "\n".join([*text, *MEASURED])
+    text += [
         "### What to ask for", "",
         "One to three shapes, each with its size, colour and place, then the ground:", "",
         f"- shapes: {', '.join(SHAPES)}; large (big) or small (little)",
@@ -289,15 +378,45 @@ def small_note_of(model: Model, kind: str) -> str:
         "left as right*", "",
         "Other words mean nothing to it. It has seen pictures of about 256x256 pixels; sides are multiples of 16"
         + (", and PixArt in ComfyUI wants a mean side of more than 256." if "pixart" in model.name else "."), "",
-        *TWO_PICTURES,
     ]  # fmt: skip
-    return "\n".join(text)
+    return "\n".join([*text, *(TWO_PICTURES if kind == "_ab" else calibration_of(model))])
 
+
+def calibration_of(model: Model) -> list[str]:
+    return [
+        "### What happens", "",
+        "1. *Init EDiT weights* makes untrained weights that start near the model.",
+        "2. *Calibrate* has the model draw the prompt, and every linear attention learns to give what the attention "
+        "that it replaces gives. No pictures are needed. The node shows the error of each step; cancelling stops it "
+        "and keeps nothing.",
+        "3. *Layer report* measures how well each attention is imitated, and suggests the blocks to make linear.",
+        "4. *Apply EDiT* makes those blocks linear, and the sampler draws.",
+        "5. *Save EDiT weights* writes them to **models/edit**, as "
+        f"`{model.name}_calibrated_00001_.safetensors`. The next time, load them with *EDiT: Load Weights*.", "",
+        "### What to expect", "",
+        "This trains each attention by itself, on one prompt at one size. It makes untrained weights usable, and does "
+        "not replace a distillation (the pack's README says how to do one). If the suggestion is *none*, the picture "
+        "is the base model's own: raise the *steps* of *Calibrate*, or the report's *threshold*.", "",
+        "The calibration keeps its seed, so that a second run with another picture's seed does not train again.",
+    ]  # fmt: skip
+
+
+MEASURED = [
+    "### What is measured", "",
+    "Seconds for single calls of both models on one picture, without guidance, in alternation; the median of all "
+    "*repeats*, with the fastest and slowest in the table. Text encoding and the VAE do not count.", "",
+    "How fast a model is does not depend on what its weights hold. So *Init EDiT weights* makes untrained ones, and "
+    "nothing has to be trained first. To time your own, connect *EDiT: Load Weights* (a file in models/edit) instead.",
+    "",
+    "*sizes* are sides of square pictures in pixels, multiples of 16. Small pictures gain nothing or lose; the larger "
+    "they are, the more linear attention saves. Out of memory? Leave out the largest.",
+]  # fmt: skip
 
 TWO_PICTURES = [
     "### Reading the two pictures", "",
     "Both samplers get the same seed, prompt and settings; the attention is all that differs. "
-    "The base picture is the same as without EDiT in the graph.",
+    "The base picture is the same as without EDiT in the graph. *Compare* shows both, and how alike they are. Both may "
+    "draw a detail well and yet differently, so low figures alone do not mean a bad picture.",
 ]  # fmt: skip
 
 WHAT = {
@@ -330,6 +449,8 @@ def place(groups: list[Group], left: int) -> tuple[dict[int, tuple[int, int]], l
     for number, group in enumerate(groups, start=1):
         if group.color == GREEN and groups[number - 2].color == VIOLET:
             x, top = arm_x or 0, frames[-1]["bounding"][1] + frames[-1]["bounding"][3] + GAP
+        else:
+            top = 0
         arm_x, column_x, bottom = x, x + 12, 0
         for width, column in group.columns:
             y = top + 44 + TITLE_HEIGHT
