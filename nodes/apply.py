@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..edit_core import EDiTConfig, EDiTError, EDiTWeights
 from ..edit_core.layers import parse_layers
-from .patcher import apply_to_model, base_tensor, identify_model
+from .patcher import KEY, apply_to_model, base_tensor, identify_model
 
 CATEGORY = "EDiT"
 Weights = io.Custom("EDIT_WEIGHTS")
@@ -32,6 +32,12 @@ def check_layers_text(layers: str | None) -> bool | str:
     except EDiTError as error:
         return str(error)
     return True
+
+
+def linear_blocks(model: Any) -> set[int]:
+    """The blocks of a patched MODEL that any EDiT: Apply Linear Attention made linear."""
+    applications = [each for injection in model.get_injections(KEY) for each in injection.applications]
+    return {block for application in applications for block in application.blocks}
 
 
 class EDiTApply(io.ComfyNode):
@@ -91,7 +97,9 @@ class EDiTApply(io.ComfyNode):
         end_percent: float,
         min_tokens: int,
     ) -> io.NodeOutput:
-        return io.NodeOutput(apply_to_model(model, edit_weights, layers, start_percent, end_percent, min_tokens))
+        patched = apply_to_model(model, edit_weights, layers, start_percent, end_percent, min_tokens)
+        # Plain numbers, which ComfyUI does not count as results: for the badge and the layer picker on the page.
+        return io.NodeOutput(patched, ui={"edit_blocks": [len(linear_blocks(patched)), identify_model(patched).depth]})
 
 
 class EDiTInit(io.ComfyNode):

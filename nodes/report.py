@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..edit_core.distill.losses import TransferTap
 from ..edit_core.layers import format_layers
 from . import charts
 from .apply import CATEGORY, Weights
+from .patcher import identify_model
 from .teacher import Student, Teacher, sample_with
 
 STEPS = 10
@@ -65,7 +67,11 @@ class EDiTLayerReport(io.ComfyNode):
         errors = attention_errors(model, edit_weights, conditioning, latent)
         layers = suggest_layers(errors, threshold)
         chart = charts.as_image(charts.error_bars(errors, threshold))
-        shown = {**ui.PreviewImage(chart, cls=cls).as_dict(), **ui.PreviewText(f"layers: {layers}").as_dict()}
+        shown: dict[str, Any] = {
+            **ui.PreviewImage(chart, cls=cls).as_dict(),
+            **ui.PreviewText(f"layers: {layers}").as_dict(),
+            "block_errors": block_errors(errors, identify_model(model).depth),  # colours the layer pickers
+        }
         return io.NodeOutput(chart, layers, ui=shown)
 
 
@@ -95,11 +101,22 @@ def attention_errors(model: Any, weights: EDiTWeights, conditioning: Any, latent
     return {key: statistics.fmean(values) for key, values in found.items()}
 
 
-def suggest_layers(errors: dict[str, float], threshold: float) -> str:
-    """The blocks none of whose attentions is above the threshold, as a `layers` text."""
+def worst_errors(errors: dict[str, float]) -> dict[int, float]:
+    """The largest error among a block's attentions, by block."""
     worst: dict[int, float] = {}
     for key, error in errors.items():
         block = int(key.split(".")[0])
         # An error that is not a number must not pass.
         worst[block] = max(worst.get(block, 0.0), error) if error == error else float("inf")
-    return format_layers(block for block, error in worst.items() if error <= threshold)
+    return worst
+
+
+def suggest_layers(errors: dict[str, float], threshold: float) -> str:
+    """The blocks none of whose attentions is above the threshold, as a `layers` text."""
+    return format_layers(block for block, error in worst_errors(errors).items() if error <= threshold)
+
+
+def block_errors(errors: dict[str, float], depth: int) -> list[float | None]:
+    """The worst error of every block; None where none is known, or it is not finite, which JSON cannot say."""
+    worst = worst_errors(errors)
+    return [worst[block] if math.isfinite(worst.get(block, math.inf)) else None for block in range(depth)]
