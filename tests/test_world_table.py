@@ -42,7 +42,7 @@ def test_a_classifier_learns_and_comes_back(tmp_path: Path) -> None:
     torch.manual_seed(0)
     scenes = judge.scenes(64)
     before = classifier.right(Classifier(), scenes, 128, None)
-    trained = classifier.train(path, minutes=0.15, batch=32)
+    trained = classifier.train(path, steps=120, batch=32)
     after = classifier.right(trained, scenes, 128, None)
     assert after["ground"] > before["ground"] + 0.2
     pictures = judge.real("sd35_medium", scenes[:4], 128)
@@ -100,7 +100,7 @@ def test_a_row_is_trained_judged_and_added(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(table, "load_config", quick(table.load_config))
     results = tmp_path / "world.json"
     results.write_text(json.dumps([{"backbone": "sd35_medium", "method": "edit", "seed": 0}]))
-    runs = ["--results", str(results), "--runs", str(tmp_path / "runs"), "--scenes", "40", "--pictures", "2"]
+    runs = ["--results", str(results), "--runs", str(tmp_path / "runs"), "--scenes", "40", "--pictures", "8"]
     for method in ("teacher", "sana", "sana"):
         table.main(["--backbone", "pixart_sigma", "--method", method, *runs])
     other, teacher, student = json.loads(results.read_text())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import EDiTError
 from ..files import write_file
+from ..runtime import progress
 from .codec import draw_scenes, through
 from .scenes import COLOURS, COLUMNS, GROUNDS, HELD_OUT, NUMBERS, ROWS, SHAPES, SIZES, SPECIALS, TEXTURES, Scene
 
@@ -92,12 +92,12 @@ def right(model: Classifier, scenes: Sequence[Scene], size: int, backbone: str |
     return {name: float(value.float().mean()) for name, value in {**found, "present": shown}.items()}
 
 
-def train(output: Path, minutes: float, batch: int = 64, rate: float = 2e-3, seed: int = 1 << 44) -> Classifier:
+def train(output: Path, steps: int, batch: int = 64, rate: float = 2e-3, seed: int = 1 << 44) -> Classifier:
     """Trains on fresh scenes and writes the file, in float16.
 
     Args:
         output: the file.
-        minutes: how long.
+        steps: of the training.
         batch: pictures per step.
         rate: learning rate at the start; it falls to zero.
         seed: of the first scene.
@@ -105,23 +105,22 @@ def train(output: Path, minutes: float, batch: int = 64, rate: float = 2e-3, see
     torch.manual_seed(0)
     model = Classifier()
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate)
-    start, steps, error = time.monotonic(), 0, 0.0
-    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
-        optimiser.param_groups[0]["lr"] = rate * min(1, (steps + 1) / 50) * (1 - done)
-        scenes = [Scene.random(seed + batch * steps + i) for i in range(batch)]
-        backbone = (None, "pixart_sigma", "sd35_medium")[steps % 3]
+    error = 0.0
+    for step in progress(range(steps), steps, "classifier"):
+        optimiser.param_groups[0]["lr"] = rate * min(1, (step + 1) / 50) * (1 - step / steps)
+        scenes = [Scene.random(seed + batch * step + i) for i in range(batch)]
+        backbone = (None, "pixart_sigma", "sd35_medium")[step % 3]
         chosen, present = _labels(scenes)
-        features = F.relu(model(_pictures(scenes, _SIZES[steps // 3 % 3], backbone)))
+        features = F.relu(model(_pictures(scenes, _SIZES[step // 3 % 3], backbone)))
         loss = F.binary_cross_entropy_with_logits(model.present(features), present) * len(_PRESENT) / 4
         for name, head in model.heads.items():
             loss = loss + F.cross_entropy(head(features), chosen[name])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        steps += 1
-        error += (float(loss.detach()) - error) * max(0.02, 1 / steps)
-        if steps % 50 == 0:
-            print(json.dumps({"step": steps, "loss": round(error, 4), "done": round(done, 3)}), flush=True)
+        error += (float(loss.detach()) - error) * max(0.02, 1 / (step + 1))
+        if (step + 1) % 50 == 0:
+            print(json.dumps({"step": step + 1, "loss": round(error, 4)}), flush=True)
     model.eval().requires_grad_(False)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_file(output, save({name: tensor.half() for name, tensor in model.state_dict().items()}))
@@ -149,10 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=SHIPPED, help="the .safetensors file")
-    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--steps", type=int, default=1200, help="of 64 pictures, two a second")
     options: Any = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    model = train(options.output, options.minutes)
+    model = train(options.output, options.steps)
     scenes = [Scene.random(HELD_OUT + i) for i in range(512)]
     for size in _SIZES:
         print(size, {name: round(value, 4) for name, value in right(model, scenes, size, None).items()})
