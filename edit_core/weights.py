@@ -179,18 +179,13 @@ class EDiTWeights:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[nn.ModuleDict, dict[str, Tensor]]:
-        """Empty side modules for some blocks, and the state dict to fill them with (strictly, by the caller).
-
-        Kernels lie as the tokens do, channels last: else every call of a convolution would copy its weight.
-        """
+        """Empty side modules for some blocks, and the state dict to fill them with (strictly, by the caller)."""
         sites = self.sites
         wanted = {block: sites[block] for block in blocks}
         modules = build_sides(self.dim, wanted, self.config, layers, device, dtype)
-        modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch names it nowhere
         ours = {name: match for name in self.tensors if (match := _NAME.fullmatch(name))}
         state = {n: self.tensors[n].to(dtype=dtype) for n, match in ours.items() if int(match[1]) in wanted}
-        kernels = {n: t.to(memory_format=torch.channels_last) for n, t in state.items() if t.ndim == 4}
-        return modules, {**state, **kernels}
+        return modules, state
 
     def build_differences(
         self, blocks: Iterable[int], device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -70,16 +70,6 @@ def test_a_new_student_starts_at_the_teachers_query_and_smoothed_keys() -> None:
     assert torch.equal(stride1, torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]]))
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_kernels_are_filled_to_lie_channels_last_as_the_tokens_do(assign: bool, tmp_path: Path) -> None:
-    weights = EDiTWeights.init(models.pixart(), EDiTConfig())
-    sides, state = weights.build([0])
-    sides.load_state_dict(state, assign=assign)
-    for name, parameter in sides.named_parameters():
-        assert parameter.ndim != 4 or parameter.is_contiguous(memory_format=torch.channels_last), name
-        assert torch.equal(parameter, weights.tensors[name])
-
-
 def test_init_is_reproducible_and_seeded() -> None:
     model = models.pixart()
     a, b, c = EDiTWeights.init(model), EDiTWeights.init(model), EDiTWeights.init(model, seed=1)
