@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from support import models, training
 from support.train_child import stop_after
 
-from edit_core import EDiTConfig, EDiTConfigError, EDiTError, EDiTWeights, apply_edit
+from edit_core import EDiTConfigError, EDiTError, EDiTWeights, apply_edit
 from edit_core.cli import main
 from edit_core.distill.calibrate import calibrate
 from edit_core.distill.checkpoint import latest_checkpoint, save_checkpoint
@@ -49,17 +49,16 @@ def test_transfer_lowers_each_attentions_error_fivefold_and_distill_the_whole_mo
     backbone: str, prepared: Any, tmp_path: Path
 ) -> None:
     paths = prepared(backbone)
-    initial = EDiTWeights.init(load_teacher(paths["model"], torch.float32, torch.device("cpu")), EDiTConfig())
-    few = {"batch_size": 4} if backbone == "sd35_medium" else {"batch_size": 8}
+    initial = EDiTWeights.init(load_teacher(paths["model"], torch.float32, torch.device("cpu")))
+    few = {"batch_size": 4, "steps": 400} if backbone == "sd35_medium" else {"batch_size": 8, "steps": 200}
     stages = (
-        {**TRANSFER, "steps": 200, "lr": 1e-2, "clip": 10.0, "caption_dropout": 0.0, **few},
+        {**TRANSFER, "lr": 1e-2, "clip": 10.0, "caption_dropout": 0.0, **few},
         {**DISTILL, "steps": 80, "accumulation": 1, "task": 0.0, "prediction": 100.0, "feature": 0.1},
     )
-    fields: dict[str, Any] = {"ema": 0.0, "checkpoint_every": 1000, "trainable": "low_rank", "rank": 32, "base_lr": 0.3}
-    fields["student"] = {"preset": "paper"}
+    fields = {"ema": 0.0, "checkpoint_every": 1000, "trainable": "low_rank", "rank": 32, "base_lr": 0.3}
     config = training.config(paths, tmp_path, *stages, **fields)
     engine = Engine(config)
-    stop_after(engine, 200)
+    stop_after(engine, few["steps"])
     engine.run()
     transferred = EDiTWeights.load(engine.export())
     engine = Engine(config)
@@ -71,7 +70,7 @@ def test_transfer_lowers_each_attentions_error_fivefold_and_distill_the_whole_mo
     assert between.mean_attention < before.mean_attention / 5
     assert between.prediction < before.prediction
     assert after.prediction < between.prediction
-    assert distilled.training["steps"] == 280
+    assert distilled.training["steps"] == few["steps"] + 80
     assert str(paths["model"]) not in json.dumps(distilled.training), "a path was published"
 
 
