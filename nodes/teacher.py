@@ -27,6 +27,7 @@ from ..edit_core.attention import softmax_attention
 from ..edit_core.backbones import Base, HostCall
 from ..edit_core.differences import PREFIX
 from ..edit_core.distill.losses import TransferTap
+from ..edit_core.distill.transfer import frozen
 from .patcher import KEY, compute_dtype, identify_model, replace_forward
 
 __all__ = ["Student", "Teacher", "sample_with"]
@@ -156,7 +157,7 @@ class Student:
         }
         diffusion_model = self.model.get_model_object("diffusion_model")
         with ExitStack() as stack:
-            stack.enter_context(_frozen(diffusion_model))
+            stack.enter_context(frozen(diffusion_model))
             for number in self.blocks:
                 block = _Block(self.base, number, diffusion_model, sides[str(number)], differences)
                 forward = partial(self._forward, block, block.module.forward, device)
@@ -179,20 +180,6 @@ class Student:
         for site, paths in block.outputs.items():
             tap(f"{block.number}.{site}", partial(_rows, teacher, paths), partial(_rows, student, paths))
         return output
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """The teacher's layers are called in every loss; they are to gather no gradients."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            with torch.inference_mode(parameter.is_inference()):  # the only mode that allows it
-                parameter.requires_grad_(True)
 
 
 class _Block:

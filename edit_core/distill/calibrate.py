@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ..errors import EDiTError
 from ..weights import EDiTWeights
 from .losses import TransferTap
 from .objective import call_arguments, prediction
-from .transfer import trained_weights, transfer
+from .transfer import frozen, trained_weights, transfer
 
 __all__ = ["calibrate"]
 
@@ -63,8 +62,7 @@ def calibrate(
     """
     if not conditions:
         raise EDiTError("calibrate needs at least one prompt")
-    trainable = [p for p in transformer.parameters() if p.requires_grad]
-    with apply_edit(transformer, weights) as handle, _frozen(trainable):
+    with apply_edit(transformer, weights) as handle, frozen(transformer):
         for trained in (handle.sides, handle.differences):
             trained.float().requires_grad_(True)
         parameters = handle.trainable()
@@ -107,18 +105,6 @@ def _draw(
                 guided, plain = prediction(backbone, transformer(**arguments)[0]).float().chunk(2)
             latent = scheduler.step(plain + guidance * (guided - plain), time, latent).prev_sample
             yield
-
-
-@contextmanager
-def _frozen(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """The teacher's layers are called in every loss; they are to gather no gradients."""
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 def _sampler(backbone: str) -> Any:

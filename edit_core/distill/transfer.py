@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,21 @@ from ..weights import EDiTWeights
 from .losses import TransferTap
 from .optimizer import make_optimizer
 
-__all__ = ["trained_weights", "transfer"]
+__all__ = ["frozen", "trained_weights", "transfer"]
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """For as long as this lasts a teacher's parameters gather no gradients: its layers are called in every loss."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            with torch.inference_mode(parameter.is_inference()):  # the only mode that allows it
+                parameter.requires_grad_(True)
 
 
 def transfer(
