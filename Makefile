@@ -4,14 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types bench bench-training world kills clean
+NOT_SLOW := -m 'not slow'
+
+.PHONY: demo test test-all lint types bench bench-training world kills clean
 
 demo: $(READY)
 	$(BIN)/python -m edit_core demo
 	$(BIN)/python tests/demo_comfyui.py
 
+# Under ten minutes on two cores; `make test-all` also runs what is marked slow (browsers, soaks, long fuzzing, …).
 test: lint types
-	$(BIN)/python -m pytest -c tests/pytest.ini -n auto --maxprocesses 4 --dist loadfile tests
+	$(BIN)/python -m pytest -c tests/pytest.ini -n auto --maxprocesses 4 --dist loadfile $(NOT_SLOW) tests
+
+test-all: NOT_SLOW :=
+test-all: test
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,9 +27,12 @@ TEMPLATE = "small_world_pixart_sigma_ab"
 BLOCKS = 6  # of the small world's models
 PAGE_MS, RUN_MS = 120_000, 120_000
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium found: install it or set CHROMIUM; the browser tests are skipped"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no Chromium found: install it or set CHROMIUM; the browser tests are skipped"
+    ),
+]
 server = workflows.server
 
 

@@ -48,11 +48,14 @@ METHODS: dict[str, dict[str, Any]] = {
         ("local_no_conv_fusion", "local", {"query": "plain"}),
         ("side_alone", "paper", {}),
         ("no_transfer", "paper", {}),
+        ("local_longer", "local", {}),
     )
 }
 METHODS["side_alone"]["trainable"] = "side"
 """What differs from the committed configuration, `world_<backbone>`. Ours are `local`, two of its parts alone, and it
 without ConvFusion."""
+LONGER = {"local_longer": 3}
+"""How many times as many steps."""
 MAIN = ("edit", "local", "sana", "linfusion", "kv_compression")
 """What is trained from three seeds; the others from one."""
 JOINT = ("exact", "features_after_relu")
@@ -84,6 +87,8 @@ def train(backbone: str, method: str, seed: int, folder: Path) -> Path:
     if method == "no_transfer":  # as many steps all the same
         first, second = config.stages
         changes["stages"] = [second.model_copy(update={"steps": first.steps + second.steps})]
+    if times := LONGER.get(method):
+        changes["stages"] = [stage.model_copy(update={"steps": stage.steps * times}) for stage in config.stages]
     engine = Engine(config.model_copy(update=changes))
     engine.resume()
     return engine.run()
