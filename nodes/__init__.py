@@ -9,6 +9,7 @@ from .benchmark import EDiTBenchmark
 from .calibrate import EDiTCalibrate
 from .compare import EDiTCompare
 from .files import EDiTLoadModel, EDiTLoadWeights, EDiTSaveWeights, register_model_folder
+from .renames import register_renames
 from .report import EDiTLayerReport
 from .small_world import EDiTSmallWorldText, register_small_world
 
@@ -21,6 +22,9 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class EDiTExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        await register_renames(NODES)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
 
