@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import comfy, models, workflows
+from support import cli, comfy, models, workflows
 from support.server import PACK_NAME, Server, ServerError
 from support.tools import tool
 from support.workflows import (
@@ -37,6 +36,7 @@ from edit_core import EDiTWeights
 from edit_core.world.files import FOLDERS
 
 server = workflows.server
+comfy_cli = cli.comfy_cli
 NOTES = ("MarkdownNote", "Note")
 
 
@@ -98,7 +98,7 @@ def test_calibrated_weights_are_saved_and_can_be_applied(server: Server, model_f
 
 
 def test_the_script_of_the_docs_and_comfy_cli_draw_the_same_pictures(
-    server: Server, tmp_path: Path, comfy_cli: Callable[..., None]
+    server: Server, tmp_path: Path, comfy_cli: Callable[..., str]
 ) -> None:
     guide = (comfy.PACK / "docs" / "headless.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
@@ -204,7 +204,7 @@ def test_templates_are_offered_with_their_pictures(server: Server) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_comfy_cli_accepts_the_api_workflow(
-    object_info: dict[str, Any], name: str, tmp_path: Path, comfy_cli: Callable[..., None]
+    object_info: dict[str, Any], name: str, tmp_path: Path, comfy_cli: Callable[..., str]
 ) -> None:
     info = tmp_path / "object_info.json"
     info.write_text(json.dumps(object_info))
@@ -246,25 +246,6 @@ def test_wrong_values_are_refused_before_anything_is_loaded(
 
 
 # --- the files themselves ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def comfy_cli(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """Runs comfy-cli with a home of its own, so that it neither reads nor writes the user's settings."""
-    home = str(tmp_path_factory.mktemp("home"))
-    environment = os.environ | {"HOME": home, "XDG_CONFIG_HOME": home, "COMFY_CLI_NO_REMOTE_REFRESH": "1"}
-
-    def run(*arguments: str) -> None:
-        command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", *arguments]
-        process = subprocess.run(command, capture_output=True, text=True, cwd=comfy.PACK, env=environment, timeout=120)
-        assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
-
-    run("tracking", "disable")
-    return run
-
-
-def test_comfy_cli_finds_nothing_wrong_with_the_pack(comfy_cli: Callable[..., None]) -> None:
-    comfy_cli("node", "validate")
 
 
 def prompt_of(template: dict[str, Any]) -> Prompt:

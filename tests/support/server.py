@@ -9,6 +9,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -34,10 +35,13 @@ class Run(NamedTuple):
 
 
 class Server:
-    """A context manager; `base` is the --base-directory, and what the server writes goes there."""
+    """A context manager; `base` is the --base-directory, and what the server writes goes there.
 
-    def __init__(self, checkout: Path, base: Path) -> None:
-        self.checkout, self.base = checkout, base
+    The pack in it is this one, or what an archive of it holds.
+    """
+
+    def __init__(self, checkout: Path, base: Path, archive: Path | None = None) -> None:
+        self.checkout, self.base, self.archive = checkout, base, archive
         self.log = base / "server.log"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -46,7 +50,12 @@ class Server:
 
     def __enter__(self) -> Server:
         (self.base / "custom_nodes").mkdir(parents=True, exist_ok=True)
-        (self.base / "custom_nodes" / PACK_NAME).symlink_to(comfy.PACK, target_is_directory=True)
+        pack = self.base / "custom_nodes" / PACK_NAME
+        if self.archive is None:
+            pack.symlink_to(comfy.PACK, target_is_directory=True)
+        else:
+            with zipfile.ZipFile(self.archive) as packed:
+                packed.extractall(pack)
         command = [
             comfy.interpreter(self.checkout), str(self.checkout / "main.py"), "--cpu", "--listen", "127.0.0.1",
             "--port", str(self.port), "--base-directory", str(self.base), "--disable-auto-launch",
