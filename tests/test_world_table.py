@@ -89,6 +89,7 @@ def test_rows_are_missing_until_they_are_there() -> None:
     assert {seed for method, seed in todo if method == "sana"} == {0, 1, 2}
     assert {seed for method, seed in todo if method == "no_transfer"} == {0}
     assert ("exact", 0) in table.missing(rows, "sd35_medium")
+    assert ("local_mixed", 0) in todo and ("local_mixed", 0) not in table.missing(rows, "sd35_medium")
 
 
 def test_a_row_is_trained_judged_and_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
         ("side_alone", "paper", {}),
         ("no_transfer", "paper", {}),
         ("local_longer", "local", {}),
+        ("local_mixed", "local", {}),
     )
 }
 METHODS["side_alone"]["trainable"] = "side"
@@ -56,10 +57,12 @@ METHODS["side_alone"]["trainable"] = "side"
 without ConvFusion."""
 LONGER = {"local_longer": 3}
 """How many times as many steps."""
+MIXED = {"pixart_sigma": "0-3, 5"}
+"""What `local_mixed` makes linear: all but the block that `python -m edit_core plan` finds hardest to imitate."""
 MAIN = ("edit", "local", "sana", "linfusion", "kv_compression")
 """What is trained from three seeds; the others from one."""
-JOINT = ("exact", "features_after_relu")
-"""What only a joint attention has."""
+ONLY = {"exact": ("sd35_medium",), "features_after_relu": ("sd35_medium",), "local_mixed": (*MIXED,)}
+"""Backbones of what not both have: a joint attention's own choices, and a block that was found to be the hardest."""
 SIZES = (256, 384)
 """Pixels per side of what is drawn; students are trained at the first."""
 COST_SIZES = (256, 1024)
@@ -71,7 +74,7 @@ SHEET_SIDE, _MARGIN = 128, 150
 
 def missing(rows: Sequence[dict[str, Any]], backbone: str) -> list[tuple[str, int]]:
     """Methods and seeds of a backbone that are not in the results, in the order of worth."""
-    wanted = [(TEACHER, 0), *((method, 0) for method in METHODS if backbone == "sd35_medium" or method not in JOINT)]
+    wanted = [(TEACHER, 0), *((method, 0) for method in METHODS if backbone in ONLY.get(method, CHANNELS))]
     wanted += [(method, seed) for seed in (1, 2) for method in MAIN]
     found = {(row["method"], row["seed"]) for row in rows if row["backbone"] == backbone}
     return [row for row in wanted if row not in found]
@@ -89,6 +92,8 @@ def train(backbone: str, method: str, seed: int, folder: Path) -> Path:
         changes["stages"] = [second.model_copy(update={"steps": first.steps + second.steps})]
     if times := LONGER.get(method):
         changes["stages"] = [stage.model_copy(update={"steps": stage.steps * times}) for stage in config.stages]
+    if method == "local_mixed":
+        changes["layers"] = MIXED[backbone]
     engine = Engine(config.model_copy(update=changes))
     engine.resume()
     return engine.run()
