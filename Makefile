@@ -31,10 +31,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch --editable '.[dev]'
 	touch $@
 
-# The README's table of speeds: both models at full size, 15 minutes and 8 GB on two cores.
+# The README's table of speeds: both models at full width, 25 minutes and 8 GB on two cores.
 bench: $(READY)
 	mkdir -p docs
-	$(BIN)/python -m edit_core bench --preset readme --save docs/bench_cpu.json
+	$(BIN)/python -m edit_core bench --preset readme --save docs/bench_cpu.json --plot docs/bench_cpu.png
 	$(BIN)/python tests/tools/fill_readme.py
 
 # What a training costs, at the real models' width, for docs/training.md: half an hour and 16 GB on two cores.

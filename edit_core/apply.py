@@ -6,10 +6,12 @@ import logging
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from .attention import EDiTAttention, Grid
 from .backbones import identify_module
+from .crossover import MinTokens, resolve
 from .differences import PREFIX, module_tree
 from .errors import EDiTModelError
 from .layers import format_layers
@@ -25,7 +27,12 @@ class EDiTHandle:
     """An applied EDiT; :meth:`remove` undoes it. As a context manager it does so at the end of the block."""
 
     def __init__(
-        self, transformer: nn.Module, blocks: tuple[int, ...], sides: nn.ModuleDict, differences: nn.ModuleDict
+        self,
+        transformer: nn.Module,
+        blocks: tuple[int, ...],
+        sides: nn.ModuleDict,
+        differences: nn.ModuleDict,
+        min_tokens: int = 0,
     ) -> None:
         self.blocks = blocks
         """The blocks that are linear."""
@@ -36,6 +43,8 @@ class EDiTHandle:
         self.grid: Grid | None = None
         self.tap: Tap | None = None
         """Stands in for every replaced attention's call, for who trains or compares; None for EDiT itself."""
+        self.min_tokens = min_tokens
+        """Pictures of fewer image tokens keep the transformer's own attention."""
         self._said: set[str] = set()
         self._replaced: list[tuple[Any, Any]] = []
         self._hook = transformer.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -62,8 +71,8 @@ class EDiTHandle:
         return {**dict(self.sides.named_parameters()), **changes}
 
     def stay_dense(self, reason: str) -> None:
-        """Logs why a call could not be linear, once per reason."""
-        if reason not in self._said:
+        """Logs why a call could not be linear, once per reason; not from compiled graphs, which cannot log."""
+        if not torch.compiler.is_compiling() and reason not in self._said:
             self._said.add(reason)
             logger.warning("EDiT: stays dense: %s", reason)
 
@@ -97,7 +106,7 @@ class EDiTHandle:
         self.remove()
 
 
-def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all") -> EDiTHandle:
+def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_tokens: MinTokens = 0) -> EDiTHandle:
     """Makes a diffusers transformer run EDiT (PixArt-Σ) or MM-EDiT (SD3.5-M) with these weights.
 
     Works under `PixArtSigmaPipeline` and `StableDiffusion3Pipeline`, which call the transformer as before. The side
@@ -108,6 +117,8 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all") -> E
         transformer: a `PixArtTransformer2DModel` or `SD3Transformer2DModel`.
         weights: EDiT weights for it.
         layers: the blocks to make linear: `"all"`, `"none"` or a list such as `"0, 3-9, 27"`.
+        min_tokens: pictures of fewer image tokens keep the transformer's own attention; `"auto"` for the crossover that
+            `python -m edit_core bench --crossover` measured on the transformer's device, in its dtype: 0 before that.
 
     Returns:
         A handle whose `remove()` restores the transformer.
@@ -115,12 +126,13 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all") -> E
     Raises:
         EDiTModelError: not such a transformer, or EDiT is applied to it already.
         EDiTWeightsError: the weights do not fit it.
-        EDiTError: a bad `layers` text.
+        EDiTError: a bad `layers` text or `min_tokens`, or a damaged cache of crossovers.
     """
     base = identify_module(transformer)
     if base.host != "diffusers":
         raise EDiTModelError(f"apply_edit takes a diffusers transformer, and this is {base}")
     blocks = weights.choose(layers, base)
+    tokens = resolve(min_tokens, base.backbone.name, transformer.dtype, transformer.device)
     if any(isinstance(module, Processor) for module in transformer.modules()):
         raise EDiTModelError("EDiT is applied to this transformer already; call remove() on its handle first")
     if warning := weights.warning(base, transformer.state_dict().__getitem__):
@@ -131,7 +143,7 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all") -> E
     differences = module_tree(changes)
     for module in (sides, differences):
         module.requires_grad_(False).train(transformer.training)
-    handle = EDiTHandle(transformer, blocks, sides, differences)
+    handle = EDiTHandle(transformer, blocks, sides, differences, tokens)
     for block in blocks:
         for site, side in sides[str(block)].items():  # type: ignore[operator]
             own = {x.name: changes[x.diffusers] for x in base.backbone.linears(block, site) if x.diffusers in changes}

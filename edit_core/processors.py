@@ -26,6 +26,8 @@ class Host(Protocol):
     grid: Grid | None
     """The running call's token grid."""
     tap: Tap | None
+    min_tokens: int
+    """Pictures of fewer image tokens keep the original attention."""
 
     def stay_dense(self, reason: str) -> None:
         """Is told why a call could not be linear."""
@@ -93,6 +95,8 @@ class Processor(nn.Module):
             self.host.stay_dense("an attention mask on image tokens, which linear attention cannot honour")
         elif x.shape[1] != grid[0] * grid[1]:
             self.host.stay_dense(f"{x.shape[1]} tokens do not fill the {grid[0]}x{grid[1]} grid of the latent")
+        elif x.shape[1] < self.host.min_tokens:
+            self.host.stay_dense(f"{x.shape[1]} tokens are fewer than min_tokens={self.host.min_tokens}")
         else:
             return grid
         return None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from .errors import EDiTError
 
-__all__ = ["DTYPES", "progress", "timed", "usable_device"]
+__all__ = ["DTYPES", "device_name", "progress", "timed", "usable_device"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,6 +32,19 @@ def usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise EDiTError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's name, and for a CPU the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    flags = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {torch.get_num_threads()} threads, {flags}"
 
 
 def progress(steps: Iterable[T], total: int, label: str) -> Iterable[T]:

@@ -7,8 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..edit_core import EDiTConfig, EDiTError, EDiTWeights
+from ..edit_core.crossover import resolve
 from ..edit_core.layers import parse_layers
-from .patcher import KEY, apply_to_model, base_tensor, identify_model
+from .patcher import KEY, apply_to_model, base_tensor, compute_dtype, identify_model
 
 CATEGORY = "EDiT"
 Weights = io.Custom("EDIT_WEIGHTS")
@@ -74,10 +75,11 @@ class EDiTApply(io.ComfyNode):
                 io.Int.Input(
                     "min_tokens",
                     default=0,
-                    min=0,
+                    min=-1,
                     max=1_048_576,
                     tooltip="Pictures with fewer image tokens keep the model's own attention. "
-                    "512x512 pixels are 1024 tokens, 1024x1024 are 4096.",
+                    "512x512 pixels are 1024 tokens, 1024x1024 are 4096. -1: as many as "
+                    "`python -m edit_core bench --crossover` measured on this device, 0 before that.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The model with linear attention.")],
@@ -97,6 +99,9 @@ class EDiTApply(io.ComfyNode):
         end_percent: float,
         min_tokens: int,
     ) -> io.NodeOutput:
+        if min_tokens < 0:
+            name, device = identify_model(model).backbone.name, model.load_device
+            min_tokens = resolve("auto", name, compute_dtype(model), device)
         patched = apply_to_model(model, edit_weights, layers, start_percent, end_percent, min_tokens)
         # Plain numbers, which ComfyUI does not count as results: for the badge and the layer picker on the page.
         return io.NodeOutput(patched, ui={"edit_blocks": [len(linear_blocks(patched)), identify_model(patched).depth]})

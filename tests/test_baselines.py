@@ -22,7 +22,7 @@ from torch import Tensor
 from edit_core import EDiTConfig, EDiTConfigError, EDiTError, EDiTModelError, EDiTWeights, EDiTWeightsError, apply_edit
 from edit_core.attention import EDiTAttention, HybridAttention, Projections, merge_heads, naive, split_heads
 from edit_core.attention.edit import one_plus_elu
-from edit_core.attention.linear import joint_linear_attention
+from edit_core.attention.linear import read, state
 from edit_core.attention.modules import MLPFusion
 from edit_core.backbones import identify, identify_module
 from edit_core.cli import main
@@ -151,7 +151,8 @@ def test_plain_projections_are_used_where_they_lie() -> None:
 
 def test_rows_of_several_kinds_of_tokens_lie_ready_for_the_output_projections() -> None:
     image, prompt = ([split_heads(torch.rand(2, n, 24), 3) for _ in range(3)] for n in (30, 7))
-    rows = joint_linear_attention([image[0], prompt[0]], [(image[1], image[2]), (prompt[1], prompt[2])])
+    of_keys = state([image[1:], prompt[1:]])
+    rows = [read(q, of_keys, 1e-6, q.dtype)[0] for q in (image[0], prompt[0])]
     together = [torch.cat(pair, 2) for pair in zip(image, prompt, strict=True)]
     close(torch.cat(rows, 2), naive.linear_attention(*together))
     assert all(merge_heads(y).data_ptr() == y.data_ptr() for y in rows)

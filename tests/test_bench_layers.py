@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from support import models
 from torch import Tensor
 
-from edit_core import EDiTConfig
+from edit_core import EDiTConfig, apply_edit, crossover
 from edit_core.attention import EDiTAttention
 from edit_core.bench import CONTENDERS, Measurement, draw, measure, table, verify
 from edit_core.bench import contenders as contenders_module
@@ -25,6 +25,7 @@ from edit_core.cli import main
 from edit_core.errors import EDiTConfigError, EDiTError, EDiTResultError
 
 CPU = torch.device("cpu")
+PIXART_HERE = crossover.key("pixart_sigma", torch.float32, CPU)
 HERE = [name for name in CONTENDERS if name not in ("sage", "flash_attn")]
 SMALL = ("--backbone", "pixart_sigma", "--sizes", "64", "--repeats", "1")
 
@@ -87,28 +88,101 @@ def test_the_command_saves_plots_verifies_and_prints(tmp_path: Path, capsys: pyt
     assert len(image.getcolors(1 << 20) or ()) > 4
 
 
-def test_the_readmes_preset_measures_what_the_readme_shows(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_readmes_preset_measures_layers_at_two_sizes_and_transformers_at_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    kept = [
-        Measurement.from_json(m)
-        for m in json.loads((Path(__file__).parents[1] / "docs" / "bench_cpu.json").read_text(encoding="utf-8"))
-    ]
+    asked = []
 
     def stand_in(level: str, backbone: str, side: int, batch: int, dtype: torch.dtype, device: torch.device,
-                 repeats: int, names: list[str], **options: Any) -> Any:  # fmt: skip
-        assert options == {"optional": False, "blocks": None, "layers": "all"}
-        asked = (level, backbone, side, batch, f"{dtype}", repeats, names)
-        for m in kept:
-            found = (m.level, m.backbone, m.side, m.batch, f"torch.{m.dtype}", len(m.seconds["paper"]), [*m.seconds])
-            if found == asked:
-                yield m
+                 repeats: int, names: list[str], optional: bool, **part: Any) -> Any:  # fmt: skip
+        assert not optional
+        asked.append((level, backbone, side, batch, dtype, repeats, *part.values()))
+        seconds = {name: [side / 1000 * len(name)] for name in names}
+        yield dataclasses.replace(measured(side * side // 256, **seconds), backbone=backbone, level=level)
 
     monkeypatch.setattr("edit_core.commands.bench.measure", stand_in)
-    status, out, _ = run(capsys, "--preset", "readme")
+    saved, plotted = tmp_path / "b.json", tmp_path / "b.png"
+    status, out, _ = run(capsys, "--preset", "readme", "--save", saved, "--plot", plotted)
     assert status == 0
-    assert out == table(kept) + "\n"
-    assert out in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert asked == [
+        *(("layer", name, side, 1, torch.float32, 3) for name in models.BACKBONES for side in (1024, 2048)),
+        *(("transformer", name, 1024, 1, torch.float32, 3, 4, "all") for name in models.BACKBONES),
+    ]
+    assert len(json.loads(saved.read_text())) == 6
+    assert plotted.read_bytes().startswith(b"\x89PNG")
+    for title in ("teacher", "EDiT", "EDiT, local", "SANA-style", "LinFusion", "KV compression", "the limit"):
+        assert out.count(f"| {title} |") == 6
+    asked.clear()
+    assert run(capsys, "--preset", "readme", "--blocks", 28)[0] == 0
+    assert asked[-1][-2:] == (28, "all")
+
+
+def test_crossovers_are_measured_kept_and_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, caplog: Any
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = models.make("pixart_sigma")
+    weights = models.trained_like(model)
+    crossover._say.cache_clear()
+    for _ in range(2):
+        with apply_edit(model, weights, min_tokens="auto") as handle:
+            assert handle.min_tokens == 0
+    assert [record.message for record in caplog.records if "bench --crossover" in record.message] == [
+        f"EDiT: min_tokens=auto: always linear, since no crossover was measured for {PIXART_HERE}; "
+        "python -m edit_core bench --crossover does"
+    ]
+
+    def stand_in(level: str, backbone: str, side: int, *args: Any, **part: Any) -> Any:
+        tokens = side * side // 256
+        yield dataclasses.replace(
+            measured(tokens, teacher=[tokens / 1000], local=[1.0 if backbone == "pixart_sigma" else 99.0]),
+            backbone=backbone,
+        )
+
+    monkeypatch.setattr("edit_core.commands.bench.measure", stand_in)
+    status, out, _ = run(capsys, "--crossover")
+    assert status == 0
+    kept = json.loads((tmp_path / "edit-attention" / "crossover.json").read_text())
+    assert kept == {PIXART_HERE: 1024, PIXART_HERE.replace("pixart_sigma", "sd35_medium"): 16385}
+    assert all(f"{name}: {tokens} tokens" in out for name, tokens in kept.items())
+    with torch.no_grad():
+        dense = [models.forward(model, 34, 40), models.forward(model, 64, 64)]
+        with apply_edit(model, weights, min_tokens="auto"):
+            found = [models.forward(model, 34, 40), models.forward(model, 64, 64)]
+    assert torch.equal(found[0], dense[0])  # 340 tokens
+    assert not torch.equal(found[1], dense[1])  # 1024
+    assert run(capsys, "--crossover", "--backbone", "pixart_sigma", "--sizes", 1024)[0] == 0
+    kept = json.loads((tmp_path / "edit-attention" / "crossover.json").read_text())
+    assert list(kept.values()) == [4096, 16385]  # the other's stays
+
+
+def test_a_damaged_cache_of_crossovers_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tmp_path / "edit-attention" / "crossover.json"
+    path.parent.mkdir()
+    model = models.make("pixart_sigma")
+    for text in ("{", "[1]", '{"a": -1}', '{"a": "b"}'):
+        path.write_text(text)
+        status, out, err = run(capsys, "--crossover")
+        assert (status, out) == (2, "")
+        assert str(path) in err
+        assert err.count("\n") == 1
+        with pytest.raises(EDiTError, match="crossover"):
+            apply_edit(model, models.trained_like(model), min_tokens="auto")
+        with apply_edit(model, models.trained_like(model), min_tokens=5):  # needs no cache
+            pass
+    for bad in (-1, 1.5, "always", True):
+        with pytest.raises(EDiTError, match="min_tokens must be"):
+            apply_edit(model, models.trained_like(model), min_tokens=bad)  # type: ignore[arg-type]
+
+
+def test_crossovers_are_where_the_student_stays_ahead() -> None:
+    assert crossover.crossover_of({256: 0.5, 1024: 1.1, 4096: 2.0}) == 1024
+    assert crossover.crossover_of({256: 1.2, 1024: 0.9, 4096: 2.0}) == 4096
+    assert crossover.crossover_of({256: 1.2, 1024: 1.3}) == 256
+    assert crossover.crossover_of({256: 0.2, 1024: 0.9}) == 1025
 
 
 def test_the_limit_and_other_kernels_compute_what_they_say() -> None:
@@ -196,6 +270,7 @@ def test_mistakes_are_one_sentence_before_anything_is_measured(
         (("--blocks", 1), "are of --level transformer"),
         (("--layers", "0"), "are of --level transformer"),
         (("--level", "transformer", "--blocks", 1, "--layers", "1"), "block 1 does not exist"),
+        (("--crossover", "--contenders", "teacher", "paper"), "without other contenders"),
         (("--plot", tmp_path / "b.png"), "at least two --sizes"),
         (("--save", tmp_path / "no" / "b.json"), "there is no such folder"),
         (("--sizes", 64, 128, "--plot", tmp_path / "no" / "b.png"), "there is no such folder"),

@@ -11,6 +11,7 @@ compressed keys and values (arXiv 2403.04692).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,15 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import EDiTConfig
-from .linear import (
-    joint_linear_attention,
-    linear_attention,
-    linear_attention_with_normaliser,
-    merge_heads,
-    split_heads,
-    without_autocast,
-)
+from .linear import merge_heads, read, split_heads, state, without_autocast
 from .modules import ConvFusion, Grid, LayerFactory, MLPFusion, SpatialCompressor, as_nchw, as_tokens
+from .slices import by_bands, joined, slices, written
 
 __all__ = ["SITES", "EDiTAttention", "HybridAttention", "Norm", "Projections", "Softmax", "softmax_attention"]
 
@@ -34,6 +29,9 @@ Norm = Callable[[Tensor], Tensor]
 """A base's qk-norm, over the last dimension of `(B, N, h, d)`."""
 Softmax = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """A host's softmax attention: `(B, N, C), (B, M, C), (B, M, C), heads -> (B, N, C)`."""
+Rows = Callable[[slice], Tensor]
+"""What is computed of a slice of the tokens, `(B, n, C)`; see :mod:`edit_core.attention.slices`."""
+ALL = slice(None)
 
 
 class Projections(NamedTuple):
@@ -65,6 +63,10 @@ def squared_relu(tokens: Tensor) -> Tensor:
 
 KERNELS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "squared_relu": squared_relu, "elu": one_plus_elu}
 """What makes features of queries and keys, by the config's name."""
+
+
+def _part(tokens: Tensor, part: slice) -> Tensor:
+    return tokens[:, part]
 
 
 def _normed(tokens: Tensor, heads: int, norm: Norm | None) -> Tensor:
@@ -108,32 +110,50 @@ class EDiTAttention(nn.Module):
         self, x: Tensor, base: Projections, grid: Grid, heads: int, norm_q: Norm | None, norm_k: Norm | None
     ) -> Projections:
         """Queries `(B, N, C)`, keys and values `(B, M, C)`, normed but not yet rectified; `M` is `N` uncompressed."""
-        q, k, v = base
-        if self.config.query == "conv_fusion":
-            q = self.conv_fusion(x, q, grid)  # (B, N, C)
-        elif self.config.query == "mlp":
-            q = self.mlp_q(x, q)  # (B, N, C)
+        keys, v = self._keys(x, base, grid, heads, norm_k)
+        return Projections(self._queries(x, base, grid, heads, norm_q)(ALL), keys(ALL), v)
+
+    def _queries(self, x: Tensor, base: Projections, grid: Grid, heads: int, norm: Norm | None) -> Rows:
+        """Normed queries, by slices of the tokens."""
+        fusion = {"conv_fusion": "conv_fusion", "mlp": "mlp_q"}.get(self.config.query)
+        return self._rows(fusion, x, base.q, grid, heads, norm)
+
+    def _keys(self, x: Tensor, base: Projections, grid: Grid, heads: int, norm: Norm | None) -> tuple[Rows, Tensor]:
+        """Normed keys by slices of them, and the values `(B, M, C)`."""
+        fusion = {"conv_fusion": "conv_fusion_k", "mlp": "mlp_k"}.get(self.config.key)
+        k, v = base.k, base.v
         if self.config.key == "compressor":
             k, v = self.compress_k(k, grid), self.compress_v(v, grid)  # (B, M, C)
-        elif self.config.key == "conv_fusion":
-            k = self.conv_fusion_k(x, k, grid)  # (B, N, C)
-        elif self.config.key == "mlp":
-            k = self.mlp_k(x, k)  # (B, N, C)
-        return Projections(_normed(q, heads, norm_q), _normed(k, heads, norm_k), v)
+        return self._rows(fusion, x, k, grid, heads, norm), v
+
+    def _rows(self, fusion: str | None, x: Tensor, tokens: Tensor, grid: Grid, heads: int, norm: Norm | None) -> Rows:
+        """Queries or keys: what the base projected, with what a fusion adds to it, normed."""
+        if fusion is None:
+            return lambda part: _normed(_part(tokens, part), heads, norm)
+        module = getattr(self, fusion)
+        gathered = module.gather(x, grid)  # (B, N, C/r) or (B, N, C)
+        return lambda part: _normed(module.add(_part(gathered, part), _part(tokens, part)), heads, norm)
 
     def rectified(self, tokens: Tensor) -> Tensor:
         """Non-negative features of queries or keys, `(B, N, C)`."""
         return KERNELS[self.config.kernel](tokens)
 
-    def with_local(self, y: Tensor, v: Tensor, grid: Grid) -> Tensor:
-        """Rows and, where the config asks for it, what a depthwise convolution gathers of the values around them.
+    def _rectified(self, rows: Rows, part: slice) -> Tensor:
+        return self.rectified(rows(part))
 
-        Args:
-            y: what attention gives the image tokens, `(B, N, C)`.
-            v: the base's values, `(B, N, C)`.
-            grid: `(H, W)` with `H·W = N`.
-        """
-        return y + as_tokens(self.local(as_nchw(v, grid))) if self.config.local else y  # (B, N, C)
+    def _local(self, v: Tensor, grid: Grid) -> Tensor | None:
+        """What a depthwise convolution gathers of the values around each token, if the config asks: `(B, N, C)`."""
+        return as_tokens(by_bands(self.local, as_nchw(v, grid), 1)) if self.config.local else None
+
+    def _with_local(self, y: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        local = self._local(v, grid)
+        return y if local is None else local.add_(y)  # (B, N, C)
+
+    def _state(self, keys: Rows, v: Tensor, heads: int) -> Tensor:
+        """What linear attention keeps of normed keys and of values `(B, M, C)`: `(B, h, d, d+1)`."""
+        return state(
+            (split_heads(self.rectified(keys(part)), heads), split_heads(_part(v, part), heads)) for part in slices(v)
+        )
 
     def forward(
         self,
@@ -159,11 +179,19 @@ class EDiTAttention(nn.Module):
         Returns:
             `(B, N, C)`.
         """
-        q, k, v = self.features(x, base, grid, heads, norm_q, norm_k)  # (B, N or M, C)
         if self.config.kernel == "softmax":
-            return self.with_local(softmax(q, k, v, heads), base.v, grid)  # (B, N, C)
-        q, k, v = (split_heads(t, heads) for t in (self.rectified(q), self.rectified(k), v))  # (B, h, N or M, d)
-        return self.with_local(merge_heads(linear_attention(q, k, v, self.config.eps)), base.v, grid)  # (B, N, C)
+            q, k, v = self.features(x, base, grid, heads, norm_q, norm_k)  # (B, N or M, C)
+            return self._with_local(softmax(q, k, v, heads), base.v, grid)  # (B, N, C)
+        keys, v = self._keys(x, base, grid, heads, norm_k)
+        of_keys, dtype = self._state(keys, v, heads), v.dtype  # (B, h, d, d+1)
+        del keys, v  # what a compressor made has served
+        queries = self._queries(x, base, grid, heads, norm_q)
+
+        def rows(part: slice) -> Tensor:
+            q = split_heads(self.rectified(queries(part)), heads)  # (B, h, n, d)
+            return merge_heads(read(q, of_keys, self.config.eps, dtype)[0])  # (B, n, C)
+
+        return written(rows, self._local(base.v, grid), base.v)  # (B, N, C)
 
 
 class HybridAttention(EDiTAttention):
@@ -204,57 +232,81 @@ class HybridAttention(EDiTAttention):
         Returns:
             image rows `(B, N, C)`, and prompt rows `(B, P, C)` or None.
         """
-        image = self.features(x, base, grid, heads, norm_q, norm_k)  # (B, N or M, C)
         if self.config.kernel == "softmax":
-            rows = _softmax_rows(image, prompt, heads, softmax, prompt_rows)
-        elif self.config.joint == "linear":
-            rows = self._linear_rows(image, prompt, heads, prompt_rows)
+            image = self.features(x, base, grid, heads, norm_q, norm_k)  # (B, N or M, C)
+            y_image, y_prompt = _softmax_rows(image, prompt, heads, softmax, prompt_rows)
+            return self._with_local(y_image, base.v, grid), y_prompt  # (B, N, C), (B, P, C)
+        keys, v = self._keys(x, base, grid, heads, norm_k)
+        queries = partial(self._queries, x, base, grid, heads, norm_q)  # not before the keys have served
+        if self.config.joint == "linear":
+            rows, y_prompt = self._linear_rows(queries, keys, v, prompt, heads, prompt_rows)
         else:
-            rows = self._hybrid_rows(image, prompt, heads, softmax, prompt_rows)
-        return self.with_local(rows[0], base.v, grid), rows[1]  # (B, N, C), (B, P, C)
+            share = x.shape[1] / (x.shape[1] + prompt.k.shape[1])
+            rows, y_prompt = self._hybrid_rows(queries, keys, v, prompt, heads, softmax, prompt_rows, share)
+        del keys, v  # what a compressor made has served
+        return written(rows, self._local(base.v, grid), base.v), y_prompt  # (B, N, C), (B, P, C)
 
     def _hybrid_rows(
-        self, image: Projections, prompt: Projections, heads: int, softmax: Softmax, prompt_rows: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = image
-        q_lin, k_lin = self.rectified(q), self.rectified(k)
-        if self.config.softmax_features == "post":
-            q, k = q_lin, k_lin
-        q_heads, k_heads, v_heads = (split_heads(t, heads) for t in (q_lin, k_lin, v))  # (B, h, N or M, d)
-        y_lin, z_lin = linear_attention_with_normaliser(q_heads, k_heads, v_heads, self.config.eps)
-        if self.config.normaliser == "token_ratio":
-            y_soft = softmax(q, prompt.k, prompt.v, heads)  # (B, N, C)
-            share = q.shape[1] / (q.shape[1] + prompt.k.shape[1])
-            y_image = torch.lerp(y_soft, merge_heads(y_lin), share)  # (B, N, C)
-        else:
-            y_image = merge_heads(_exact_share(y_lin, z_lin, q, prompt, heads))  # (B, N, C)
-        if not prompt_rows:
-            return y_image, None
-        return y_image, softmax(prompt.q, *_all_keys(k, v, prompt), heads)  # (B, N, C), (B, P, C)
+        self,
+        queries: Callable[[], Rows],
+        keys: Rows,
+        v: Tensor,
+        prompt: Projections,
+        heads: int,
+        softmax: Softmax,
+        prompt_rows: bool,
+        share: float,
+    ) -> tuple[Rows, Tensor | None]:
+        post, eps = self.config.softmax_features == "post", self.config.eps
+        y_prompt = None
+        if prompt_rows:  # nothing else needs all the image's keys at once
+            seen = partial(self._rectified, keys) if post else keys
+            k = joined(seen, v, prompt.k)  # (B, N+P or M+P, C)
+            if not post:
+                keys = partial(_part, k[:, : v.shape[1]])
+            y_prompt = softmax(prompt.q, k, torch.cat([v, prompt.v], 1), heads)  # (B, P, C)
+        of_keys = self._state(keys, v, heads)  # (B, h, d, d+1)
+        find, dtype = queries(), v.dtype
+
+        def rows(part: slice) -> Tensor:
+            q = find(part)  # (B, n, C)
+            q_lin = self.rectified(q)
+            y_lin, z_lin = read(split_heads(q_lin, heads), of_keys, eps, dtype)
+            if post:
+                q = q_lin
+            if self.config.normaliser == "exact":
+                return merge_heads(_exact_share(y_lin, z_lin, q, prompt, heads))  # (B, n, C)
+            return merge_heads(y_lin).lerp_(softmax(q, prompt.k, prompt.v, heads), 1 - share)  # (B, n, C)
+
+        return rows, y_prompt
 
     def _linear_rows(
-        self, image: Projections, prompt: Projections, heads: int, prompt_rows: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        both = (image, prompt)
-        wanted = both if prompt_rows else (image,)
-        queries = [split_heads(self.rectified(kind.q), heads) for kind in wanted]  # (B, h, N, d), (B, h, P, d)
-        keys_values = [(split_heads(self.rectified(kind.k), heads), split_heads(kind.v, heads)) for kind in both]
-        rows = [merge_heads(y) for y in joint_linear_attention(queries, keys_values, self.config.eps)]
-        return rows[0], rows[1] if prompt_rows else None  # (B, N, C), (B, P, C)
+        self,
+        queries: Callable[[], Rows],
+        keys: Rows,
+        v: Tensor,
+        prompt: Projections,
+        heads: int,
+        prompt_rows: bool,
+    ) -> tuple[Rows, Tensor | None]:
+        k_p = split_heads(self.rectified(prompt.k), heads)  # (B, h, P, d)
+        of_keys = self._state(keys, v, heads) + state([(k_p, split_heads(prompt.v, heads))])  # (B, h, d, d+1)
+        find, dtype = queries(), v.dtype
+
+        def rows_of(q: Tensor) -> Tensor:
+            q = split_heads(self.rectified(q), heads)  # (B, h, n or P, d)
+            return merge_heads(read(q, of_keys, self.config.eps, dtype)[0])  # (B, n or P, C)
+
+        return lambda part: rows_of(find(part)), rows_of(prompt.q) if prompt_rows else None
 
 
 def _softmax_rows(
     image: Projections, prompt: Projections, heads: int, softmax: Softmax, prompt_rows: bool
 ) -> tuple[Tensor, Tensor | None]:
-    keys, values = _all_keys(image.k, image.v, prompt)  # (B, M+P, C)
+    keys, values = torch.cat([image.k, prompt.k], 1), torch.cat([image.v, prompt.v], 1)  # (B, M+P, C)
     # Two calls: the teacher's one would copy the image's queries to put the prompt's behind them.
     y_image = softmax(image.q, keys, values, heads)  # (B, N, C)
     return y_image, softmax(prompt.q, keys, values, heads) if prompt_rows else None  # (B, N, C), (B, P, C)
-
-
-def _all_keys(k: Tensor, v: Tensor, prompt: Projections) -> tuple[Tensor, Tensor]:
-    """The image's keys and values and the prompt's, `(B, M+P, C)`."""
-    return torch.cat([k, prompt.k], 1), torch.cat([v, prompt.v], 1)
 
 
 def _exact_share(y_lin: Tensor, z_lin: Tensor, q: Tensor, prompt: Projections, heads: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "joint_linear_attention",
     "linear_attention",
     "linear_attention_with_normaliser",
     "merge_heads",
+    "read",
     "split_heads",
+    "state",
     "without_autocast",
 ]
 
@@ -32,26 +33,7 @@ def merge_heads(tokens: Tensor) -> Tensor:
 
 def linear_attention_with_normaliser(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """:func:`linear_attention` and its denominator `q·Σk + eps`, of shape `(B, N, h)`, at least float32."""
-    with without_autocast(q.device):
-        return _read(q, _state(k, v), eps, v.dtype)
-
-
-def joint_linear_attention(
-    queries: Sequence[Tensor], keys_values: Sequence[tuple[Tensor, Tensor]], eps: float = 1e-6
-) -> list[Tensor]:
-    """:func:`linear_attention` of several kinds of tokens over all of their keys, which are nowhere put together.
-
-    Args:
-        queries: of each kind that is to have rows, `(B, h, N, d)`.
-        keys_values: of each kind, `(B, h, M, d)`; `M` is the kind's own.
-        eps: added to the denominator.
-
-    Returns:
-        the rows of each of the queries, `(B, h, N, d)`.
-    """
-    with without_autocast(queries[0].device):
-        state = reduce(torch.add, (_state(k, v) for k, v in keys_values))  # (B, h, d, d+1)
-        return [_read(q, state, eps, keys_values[0][1].dtype)[0] for q in queries]
+    return read(q, state([(k, v)]), eps, v.dtype)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -61,25 +43,39 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def state(keys_values: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """What keys leave of themselves, `Σ_j k_jᵀ [v_j, 1]`: all that linear attention's queries ever see of them.
+
+    Args:
+        keys_values: keys and values, each `(B, h, M, d)`; several pairs, such as an image's and a prompt's, or slices
+            of either, are nowhere put together.
+
+    Returns:
+        `(B, h, d, d+1)`, float32, or float64 for float64.
+    """
+    return reduce(torch.add, (_state(k, v) for k, v in keys_values))
+
+
 def _state(k: Tensor, v: Tensor) -> Tensor:
-    """What the keys leave of themselves, `Σ_j k_jᵀ [v_j, 1]`: `(B, h, d, d+1)`, float32, or float64 for float64."""
     # Float16 overflows in these sums above ~4k tokens. Compressed K and V are a quarter of the tokens, so float32 is
     # cheap; SANA's own code takes it for all of them.
     wide = torch.promote_types(k.dtype, torch.float32)
-    k, v = k.to(wide), v.to(wide)
-    return torch.cat([k.transpose(-1, -2) @ v, k.sum(-2).unsqueeze(-1)], dim=-1)
+    with without_autocast(k.device):
+        k, v = k.to(wide), v.to(wide)
+        return torch.cat([k.transpose(-1, -2) @ v, k.sum(-2).unsqueeze(-1)], dim=-1)
 
 
-def _read(q: Tensor, state: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What queries `(B, h, N, d)` find in a state: rows `(B, h, N, d)` in a dtype, and denominators `(B, N, h)`."""
+def read(q: Tensor, state: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What queries `(B, h, N, d)` find in a :func:`state`: rows `(B, h, N, d)` in a dtype, denominators `(B, N, h)`."""
     d = q.shape[-1]
     # bfloat16 has float32's range, and its matrix product accumulates in float32. Float16 does not fit the sums.
     inner = torch.bfloat16 if q.dtype == torch.bfloat16 else state.dtype
-    both = q.to(inner) @ state.to(inner)  # (B, h, N, d+1)
-    normaliser = both[..., d].to(state.dtype).add(eps).transpose(1, 2).contiguous()  # (B, N, h)
-    # The first factor's layout decides the result's: the product is written token-major, ready for the projection.
-    y = torch.mul(normaliser.reciprocal().to(inner).unsqueeze(-1), both[..., :d].transpose(1, 2))  # (B, N, h, d)
-    return y.to(dtype).transpose(1, 2), normaliser
+    with without_autocast(q.device):
+        both = q.to(inner) @ state.to(inner)  # (B, h, N, d+1)
+        normaliser = both[..., d].to(state.dtype).add(eps).transpose(1, 2).contiguous()  # (B, N, h)
+        # The first factor's layout decides the result's: the product is written token-major, ready for the projection.
+        y = torch.mul(normaliser.reciprocal().to(inner).unsqueeze(-1), both[..., :d].transpose(1, 2))  # (B, N, h, d)
+        return y.to(dtype).transpose(1, 2), normaliser
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tensor:

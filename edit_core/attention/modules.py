@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import EDiTConfig
+from .slices import by_bands
 
 __all__ = ["ConvFusion", "Grid", "LayerFactory", "MLPFusion", "SpatialCompressor", "as_nchw", "as_tokens"]
 
@@ -60,10 +61,17 @@ class ConvFusion(nn.Module):
         self.norm = layers.GroupNorm(math.gcd(config.groups, hidden), hidden, device=device, dtype=dtype)
         self.up = layers.Linear(hidden, dim, device=device, dtype=dtype)  # a 1x1 convolution over tokens
 
-    def forward(self, x: Tensor, q: Tensor, grid: Grid) -> Tensor:
+    def gather(self, x: Tensor, grid: Grid) -> Tensor:
+        """What takes a token's neighbours, or all of them, to know: `(B, N, C/r)` of tokens `(B, N, C)`."""
         u = self.down(as_nchw(x, grid))  # (B, C/r, H, W)
-        u = F.leaky_relu(self.norm(u))  # (B, C/r, H, W)
-        return q + self.up(as_tokens(u))  # (B, N, C)
+        return as_tokens(F.leaky_relu(self.norm(u)))  # (B, N, C/r)
+
+    def add(self, gathered: Tensor, q: Tensor) -> Tensor:
+        """Tokens `(B, n, C)` with what was gathered for them, `(B, n, C/r)`."""
+        return self.up(gathered).add_(q)  # (B, n, C)
+
+    def forward(self, x: Tensor, q: Tensor, grid: Grid) -> Tensor:
+        return self.add(self.gather(x, grid), q)  # (B, N, C)
 
 
 class MLPFusion(nn.Module):
@@ -87,9 +95,17 @@ class MLPFusion(nn.Module):
         self.norm = layers.LayerNorm(hidden, device=device, dtype=dtype)
         self.up = layers.Linear(hidden, dim, device=device, dtype=dtype)
 
+    def gather(self, x: Tensor, grid: Grid) -> Tensor:
+        """As :meth:`ConvFusion.gather`; here a token knows nothing but itself."""
+        return x  # (B, N, C)
+
+    def add(self, gathered: Tensor, q: Tensor) -> Tensor:
+        """Tokens `(B, n, C)` with what their inputs `(B, n, C)` give them."""
+        u = F.leaky_relu(self.norm(self.down(gathered)))  # (B, n, C/r)
+        return self.up(u).add_(q)  # (B, n, C)
+
     def forward(self, x: Tensor, q: Tensor) -> Tensor:
-        u = F.leaky_relu(self.norm(self.down(x)))  # (B, N, C/r)
-        return q + self.up(u)  # (B, N, C)
+        return self.add(x, q)  # (B, N, C)
 
 
 class SpatialCompressor(nn.Module):
@@ -109,9 +125,10 @@ class SpatialCompressor(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.stride = config.kv_stride
         self.conv = layers.Conv2d(
             dim, dim, 3, stride=config.kv_stride, padding=1, groups=dim, device=device, dtype=dtype
         )
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        return as_tokens(self.conv(as_nchw(tokens, grid)))  # (B, M, C)
+        return as_tokens(by_bands(self.conv, as_nchw(tokens, grid), self.stride))  # (B, M, C)

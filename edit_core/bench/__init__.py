@@ -1,8 +1,9 @@
 """How fast attention is with EDiT and without: one process, calls in alternation, medians, memory, checked outputs."""
 
+from ..runtime import device_name
 from .contenders import CONTENDERS
 from .plot import draw
-from .report import Measurement, device_name, table
+from .report import Measurement, table
 from .subjects import LEVELS, grid_of
 from .timing import measure
 from .verify import verify

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import log
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from ..backbones import BACKBONES
 
-__all__ = ["TITLES", "Measurement", "Series", "device_name", "series", "table"]
+__all__ = ["TITLES", "Measurement", "Series", "series", "table"]
 
 TITLES = {
     "paper": "EDiT",
@@ -102,19 +98,6 @@ def series(measurements: Sequence[Measurement]) -> list[Series]:
         title = f"{m.title}, batch {m.batch}, {m.dtype}"
         found.setdefault((title, m.device, m.backend), Series(title, [])).measurements.append(m)
     return list(found.values())
-
-
-def device_name(device: torch.device) -> str:
-    """The processor's name, and for a CPU the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    flags = torch.backends.cpu.get_cpu_capability()
-    return f"{name}, {torch.get_num_threads()} threads, {flags}"
 
 
 def table(measurements: Sequence[Measurement]) -> str:

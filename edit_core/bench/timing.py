@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from ..errors import EDiTError
-from ..runtime import timed
+from ..runtime import device_name, timed
 from .contenders import Contender, contender, install, processors
-from .report import Measurement, device_name
+from .report import Measurement
 from .subjects import Subject, grid_of, layer, transformer
 
 __all__ = ["measure", "peak_memory"]

@@ -15,7 +15,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .. import crossover
 from ..bench import CONTENDERS, LEVELS, Measurement, draw, grid_of, measure, table, verify
+from ..config import DEFAULT, PRESETS
 from ..errors import EDiTError
 from ..files import write_file
 from ..runtime import DTYPES, progress
@@ -28,11 +32,17 @@ _DEFAULTS: dict[str, Any] = {
     "sizes": [1024],
     "batch": [1],
     "repeats": 3,
+    "blocks": None,
 }
-_PRESETS: dict[str, dict[str, Any]] = {
-    "readme": {"level": ["transformer"], "contenders": ["teacher", "paper"], "dtype": "bfloat16"},
+_README = ["teacher", *PRESETS, "limit"]
+_PRESETS: dict[str, list[dict[str, Any]]] = {
+    "readme": [
+        {"level": ["layer"], "contenders": _README, "sizes": [1024, 2048]},
+        {"level": ["transformer"], "contenders": _README, "blocks": 4},
+    ],
 }
-"""By name, what differs from the defaults; `readme` measures what the README's table shows."""
+"""By name, what differs from the defaults in each of its parts; `readme` measures what the README's table shows."""
+_CROSSOVER = {"contenders": ["teacher", DEFAULT], "sizes": [256, 384, 512, 768, 1024, 1536, 2048]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("sizes", "pixels per side of the square pictures; 1024 are 4096 tokens", nargs="+", type=int)
     add("batch", "pictures per call; 2 as with classifier-free guidance", nargs="+", type=int)
     add("repeats", "timed rounds, after one to warm up and one for the memory", type=int)
-    parser.add_argument("--blocks", type=int, default=None, help="of a transformer, fewer than the real one's")
+    parser.add_argument(
+        "--blocks", type=int, default=argparse.SUPPRESS, help="of a transformer, fewer than the real one's"
+    )
     parser.add_argument(
         "--layers",
         default=None,
@@ -69,17 +81,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="first hold students' outputs against the formulas; exit with 1 if wrong"
     )
+    parser.add_argument(
+        "--crossover",
+        action="store_true",
+        help="find from how many tokens on a layer of EDiT is faster here, for min_tokens=auto; "
+        f"--sizes then default to {' '.join(map(str, _CROSSOVER['sizes']))}",
+    )
     parser.add_argument("--save", default=None, help="a .json file to write the measurements to")
     parser.add_argument("--plot", default=None, help="a .png file: time against tokens, with fitted slopes")
 
 
 def run(options: Any) -> Result:
-    options = argparse.Namespace(**{**_DEFAULTS, **_PRESETS.get(options.preset, {}), **vars(options)})
-    _check(options)
+    parts = _PRESETS.get(options.preset, [{}])
+    given = (_CROSSOVER if options.crossover else {}) | vars(options)
+    every = [argparse.Namespace(**{**_DEFAULTS, **part, **given}) for part in parts]
+    for part in every:
+        if options.preset and part.level == ["layer"]:
+            part.blocks = None  # a change to the preset's transformers
+        _check(part)
+    found: list[Measurement] = []
+    for part in every:
+        _measure(part, found)
+    if options.plot:
+        from ..distill.sampling import png
+
+        write_file(Path(options.plot), png(draw(found)))
+    text = table(found)
+    if options.crossover:
+        text += "\n\n" + _keep_crossovers(found, device_of(options), DTYPES[every[0].dtype])
+    return Result(text, [m.to_json() for m in found])
+
+
+def _measure(options: argparse.Namespace, found: list[Measurement]) -> None:
+    """Adds what the options ask for to what was found."""
     device, dtype, names = device_of(options), DTYPES[options.dtype], options.contenders or CONTENDERS
     backbones = backbones_of(options)
     errors = {backbone: verify(backbone, names, dtype, device) if options.verify else {} for backbone in backbones}
-    found: list[Measurement] = []
     for level, backbone, batch, side in itertools.product(options.level, backbones, options.batch, options.sizes):
         part = {"blocks": options.blocks, "layers": options.layers or "all"} if level == "transformer" else {}
         optional = options.contenders is None
@@ -90,11 +127,17 @@ def run(options: Any) -> Result:
         if options.save:  # after each, since the large sizes take long
             data = json.dumps([m.to_json() for m in found], indent=1) + "\n"
             write_file(Path(options.save), data.encode())
-    if options.plot:
-        from ..distill.sampling import png
 
-        write_file(Path(options.plot), png(draw(found)))
-    return Result(table(found), [m.to_json() for m in found])
+
+def _keep_crossovers(found: list[Measurement], device: torch.device, dtype: torch.dtype) -> str:
+    crossovers = {}
+    for backbone in dict.fromkeys(m.backbone for m in found):
+        speeds = {m.tokens: m.speed(DEFAULT) or 0.0 for m in found if m.backbone == backbone}
+        crossovers[crossover.key(backbone, dtype, device)] = crossover.crossover_of(speeds)
+    path = crossover.save(crossovers)
+    return "\n".join(
+        [*(f"{name}: {n} tokens" for name, n in crossovers.items()), f"kept in {path}, for min_tokens=auto"]
+    )
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -107,6 +150,11 @@ def _check(options: argparse.Namespace) -> None:
         raise EDiTError("--repeats and --batch must be at least 1")
     for side in options.sizes:
         grid_of(side)
+    if options.crossover:
+        asked = (options.level, options.contenders, options.batch)
+        if asked != (["layer"], ["teacher", DEFAULT], [1]):
+            raise EDiTError(f"--crossover times a layer of {DEFAULT} against the teacher's: without other contenders")
+        crossover.stored()  # a damaged cache, before and not after the measurement
     if "transformer" not in options.level and (options.blocks is not None or options.layers is not None):
         raise EDiTError("--blocks and --layers are of --level transformer: a layer is of one block")
     if options.plot and len(set(options.sizes)) < 2:
