@@ -91,6 +91,9 @@ class Server:
     def get_json(self, path: str) -> Any:
         return json.loads(self.get(path))
 
+    def post(self, path: str, data: dict[str, Any]) -> bytes:
+        return self._request(path, data)
+
     def run(self, prompt: dict[str, Any]) -> Run:
         """Executes an API prompt.
 
