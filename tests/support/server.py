@@ -18,7 +18,7 @@ from . import comfy
 PACK_NAME = "edit-attention"
 """The folder's name in custom_nodes, as the registry would install it: it differs from the repository's on purpose."""
 
-READY_SECONDS = 300
+READY_SECONDS = 600
 PROMPT_SECONDS = 120
 
 

@@ -59,7 +59,7 @@ def help_page(tab: Tab, kind: str, above: int = 0) -> None:
     """A node of the classic canvas by itself, with its title and what stands so many units above it."""
     home = tab.page.evaluate(
         """kind => { const node = app.graph._nodes.find(node => node.type === kind), home = [...node.pos];
-          node.pos = [-9000, -9000]; return home; }""",
+          node.pos = [-9000, -9000]; app.canvas.deselectAll(); return home; }""",
         kind,
     )
     tab.look_at(kind, SCALE)
