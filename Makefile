@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 NOT_SLOW := -m 'not slow'
 
-.PHONY: demo test test-all lint types bench bench-training world kills clean
+.PHONY: demo test test-all lint types bench bench-training world screens kills clean
 
 demo: $(READY)
 	$(BIN)/python -m edit_core demo
@@ -47,6 +47,10 @@ world: $(READY)
 	$(BIN)/python -m edit_core.world.table --backbone pixart_sigma
 	$(BIN)/python -m edit_core.world.table --backbone sd35_medium
 	$(BIN)/python tests/tools/fill_readme.py
+
+# docs/screens and the pictures of the help pages, with a ComfyUI and a Chromium; minutes on two cores.
+screens: $(READY)
+	$(BIN)/python tests/tools/make_screens.py
 
 # Twenty kills of a training of each backbone at random moments; `make test` has two.
 kills: $(READY)

@@ -13,7 +13,8 @@ from torch import Tensor
 __all__ = ["WIDTH", "as_image", "error_bars", "loss_curve", "time_curves"]
 
 WIDTH, HEIGHT = 960, 540
-_LEFT, _TOP, _RIGHT, _BOTTOM = 84, 56, 24, 60  # margins of the plot
+_LEFT, _TOP, _RIGHT, _BOTTOM = 84, 64, 24, 60  # margins of the plot
+_TEXT, _HEADING = 18, 20  # pixels: a node shows the picture at a third to half its size
 _INK, _GREY, _LIGHT = "#222222", "#777777", "#dddddd"
 COLOURS = ("#2a6fbb", "#d9822b")
 _DENSE = "#b8b8b8"
@@ -92,7 +93,7 @@ class _Chart:
         self.picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
         self._draw = ImageDraw.Draw(self.picture)
         self._x, self._y, self._log_x = x, y, log_x
-        self._text((_LEFT, 16), title, size=18)
+        self._text((_LEFT, 8), title, size=_HEADING)
         self._text((_LEFT + (WIDTH - _LEFT - _RIGHT) / 2, HEIGHT - 14), label, anchor="ms")
         for value, shown in _decade_ticks(*y):
             height = self._at(0, value)[1]
@@ -130,13 +131,13 @@ class _Chart:
         self._text((left, top - 12), text, anchor="ms")
 
     def note(self, text: str) -> None:
-        self._text((WIDTH - _RIGHT, 18), text, anchor="ra")
+        self._text((WIDTH - _RIGHT, 10), text, anchor="ra")
 
     def legend(self, entries: Sequence[tuple[str, str]]) -> None:
         left = float(_LEFT)
         for colour, text in entries:
-            self._draw.rectangle([left, 41, left + 10, 51], fill=colour)
-            self._text((left + 16, 46), text, anchor="lm")
+            self._draw.rectangle([left, 43, left + 10, 53], fill=colour)
+            self._text((left + 16, 48), text, anchor="lm")
             left += 36 + self._draw.textlength(text, font=_font())
 
     def _across(self, x: float) -> float:
@@ -145,11 +146,11 @@ class _Chart:
     def _at(self, x: float, y: float) -> tuple[float, float]:
         return self._across(x), HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * _share(y, self._y, True)
 
-    def _text(self, place: tuple[float, float], text: str, anchor: str = "la", size: int = 14) -> None:
+    def _text(self, place: tuple[float, float], text: str, anchor: str = "la", size: int = _TEXT) -> None:
         self._draw.text(place, text, fill=_INK, font=_font(size), anchor=anchor)
 
 
-def _font(size: int = 14) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _font(size: int = _TEXT) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support import workflows
+from support.browser import CHROMIUM, Tab, chromium, template
 from support.server import PACK_NAME, Server
 
 from edit_core.errors import EDiTError
 from edit_core.layers import parse_layers
 
-playwright = pytest.importorskip(
+pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install playwright; the browser tests are skipped"
 )
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-TEMPLATE = "small_world_pixart_sigma_ab"
+AB, CALIBRATE = "small_world_pixart_sigma_ab", "small_world_pixart_sigma_calibrate"
+BENCHMARK = "small_world_pixart_sigma_benchmark"
 BLOCKS = 6  # of the small world's models
-PAGE_MS, RUN_MS = 120_000, 120_000
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,124 +42,35 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Tab:
-    """A page with ComfyUI in it, and what it complained about."""
-
-    def __init__(self, browser: Any, server: Server, vue: bool = False) -> None:
-        self.server, self.complaints = server, []
-        url = f"http://127.0.0.1:{server.port}"
-        self.outside: set[str] = set()
-        self.page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        self.page.set_default_timeout(PAGE_MS)
-        self.page.route("**/*", lambda route: self._local_only(route, url))
-        self.page.on("console", self._note)
-        self.page.on("pageerror", lambda error: self._complain(error.stack or str(error)))
-        server._request("/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": vue})
-        self.page.goto(url)
-        self.page.wait_for_function("!!(window.app?.graph && window.LiteGraph?.registered_node_types.EDiTCompare)")
-
-    def _local_only(self, route: Any, url: str) -> None:
-        if route.request.url.startswith((url, "data:", "blob:")):
-            route.continue_()
-        else:
-            if f"/extensions/{PACK_NAME}/" in (route.request.headers.get("referer") or ""):
-                self.outside.add(route.request.url)
-            route.abort()
-
-    def _note(self, message: Any) -> None:
-        if message.type in ("error", "warning"):
-            self._complain(f"{message.text} {message.location.get('url', '')}")
-
-    def _complain(self, text: str) -> None:
-        """Only of the pack: the frontends have errors of their own."""
-        if f"/extensions/{PACK_NAME}/" in text or "EDiT" in text:
-            self.complaints.append(text)
-
-    def open_template(self, name: str) -> None:
-        """From the menu, and makes its samplers quick."""
-        self.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        self.page.get_by_text(PACK_NAME, exact=True).first.click()
-        self.page.get_by_text(name, exact=True).first.click()
-        self._quicken()
-
-    def load(self, name: str) -> None:
-        """As a dropped file is."""
-        graph = json.loads((workflows.WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
-        self.page.evaluate("graph => app.loadGraphData(graph)", graph)
-        self._quicken()
-
-    def _quicken(self) -> None:
-        self.page.wait_for_function("app.graph._nodes.some(node => node.type === 'EDiTApply')")
-        self.page.evaluate(
-            "() => { for (const node of app.graph._nodes) for (const widget of node.widgets ?? [])"
-            " if (widget.name === 'steps') widget.value = 1; }"
-        )
-
-    def look_at(self, kind: str, scale: float = 1.0) -> None:
-        self.page.evaluate(
-            """([kind, scale]) => {
-              const { pos } = app.graph._nodes.find(node => node.type === kind);
-              app.canvas.ds.scale = scale;
-              app.canvas.ds.offset = [500 / scale - pos[0], 250 / scale - pos[1]];
-              app.canvas.setDirty(true, true);
-            }""",
-            [kind, scale],
-        )
-        self.page.wait_for_timeout(500)
-
-    def run(self) -> dict[str, Any]:
-        """Queues with the button; the outputs by node id."""
-        self.page.evaluate(
-            """() => { window.finished = new Promise((resolve) => {
-              app.api.addEventListener("execution_success", () => resolve("success"), { once: true });
-              app.api.addEventListener("execution_error", ({ detail }) => resolve(JSON.stringify(detail)),
-                { once: true });
-            }); }"""
-        )
-        self.page.locator('[data-testid="queue-button"] button, button[data-testid="queue-button"]').first.click()
-        waited = self.page.evaluate(
-            f"Promise.race([window.finished, new Promise(r => setTimeout(r, {RUN_MS}, 'no answer'))])"
-        )
-        assert waited == "success"
-        self.page.wait_for_timeout(500)
-        return self.page.evaluate("JSON.parse(JSON.stringify(app.nodeOutputs))")
-
-    def prompt(self) -> dict[str, Any]:
-        return self.page.evaluate("async () => (await app.graphToPrompt()).output")
-
-    def layers(self) -> str:
-        (node,) = (node for node in self.prompt().values() if node["class_type"] == "EDiTApply")
-        return node["inputs"]["layers"]
-
-    def drag(self, selector: str, start: float, end: float) -> None:
-        """Across an element, from and to shares of its width."""
-        box = self.page.locator(selector).first.bounding_box()
-        y = box["y"] + box["height"] / 2
-        self.page.mouse.move(box["x"] + start * box["width"], y)
-        self.page.mouse.down()
-        self.page.mouse.move(box["x"] + end * box["width"], y, steps=12)
-        self.page.mouse.up()
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
 def tab(server: Server, browser: Any) -> Iterator[Tab]:
     opened = Tab(browser, server)
     yield opened
-    opened.page.close()
+    opened.close()
+
+
+@pytest.fixture
+def vue_tab(server: Server, browser: Any) -> Iterator[Tab]:
+    # What is not executed again tells the page nothing, and a template that was drawn before is in the cache.
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    opened = Tab(browser, server, vue=True)
+    if opened.frontend < (1, 40):
+        opened.close()
+        pytest.skip("the Vue nodes of this frontend are an early experiment")
+    yield opened
+    opened.close()
 
 
 def check_drawing(tab: Tab) -> None:
     outputs = tab.run()
     prompt = tab.prompt()
-    saved = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
+    saved = workflows.saves(prompt)
     assert len(saved) == 2 and all(outputs[key]["images"] for key in saved)
     (compare,) = (key for key, node in prompt.items() if node["class_type"] == "EDiTCompare")
     assert outputs[compare]["a_images"] and outputs[compare]["b_images"]
@@ -171,6 +79,7 @@ def check_drawing(tab: Tab) -> None:
 def check_picker(tab: Tab) -> None:
     strip = ".edit-picker-strip"
     tab.look_at("EDiTApply", 1.5)
+    tab.settle(strip)
     assert tab.page.locator(f"{strip} > span").count() == BLOCKS
     assert tab.layers() == "all"
     tab.drag(strip, 1.5 / BLOCKS, 3.5 / BLOCKS)
@@ -182,11 +91,7 @@ def check_picker(tab: Tab) -> None:
     assert tab.layers() == "all"
     tab.drag(strip, 0.5 / BLOCKS, 1.5)  # past its end
     assert tab.layers() == "none"
-    # As typing does.
-    tab.page.evaluate(
-        """() => { const widget = app.graph._nodes.find(node => node.type === "EDiTApply").widgets
-          .find(widget => widget.name === "layers"); widget.value = "1, 3-4"; widget.callback?.(widget.value); }"""
-    )
+    tab.set("layers", "1, 3-4", "EDiTApply")  # as typing does
     chosen = tab.page.locator(f"{strip} > span").evaluate_all("cells => cells.map(c => c.ariaSelected)")
     assert chosen == ["false", "true", "false", "true", "true", "false"]
 
@@ -208,6 +113,7 @@ def check_report_colours(tab: Tab) -> None:
 def check_slider(tab: Tab) -> None:
     slider = ".edit-slider"
     tab.look_at("EDiTCompare")
+    tab.settle(slider)
     pictures = tab.page.locator(f"{slider} img")
     for picture in pictures.all():
         picture.evaluate("image => image.decode()")
@@ -219,20 +125,99 @@ def check_slider(tab: Tab) -> None:
     assert abs(int(tab.page.locator(slider).get_attribute("aria-valuenow")) - 30) <= 1
 
 
+def wait_for_curve(tab: Tab, vue: bool = False) -> None:
+    """The curve of a calibration that runs, shown in its node."""
+    node = tab.node_id("EDiTCalibrate")
+    find = "document.querySelectorAll(`[data-node-id='${id}'] img`)" if vue else "app.graph.getNodeById(id).imgs ?? []"
+    tab.page.wait_for_function(f"id => [...{find}].some(image => image.naturalWidth === 960)", arg=node)
+
+
 def test_picker_slider_and_badge_after_a_run(tab: Tab) -> None:
-    tab.open_template(TEMPLATE)
+    tab.open_template(AB)
+    tab.set("steps", 1)
     check_drawing(tab)
     check_slider(tab)
-    badges = tab.page.evaluate(
-        "() => app.graph._nodes.find(node => node.type === 'EDiTApply').badges"
-        ".map(badge => (typeof badge === 'function' ? badge() : badge).text)"
-    )
-    assert f"{BLOCKS}/{BLOCKS} linear" in badges
+    assert f"{BLOCKS}/{BLOCKS} linear" in tab.badges("EDiTApply")
     check_picker(tab)
     check_report_colours(tab)
     tab.run()
+    assert f"3/{BLOCKS} linear" in tab.badges("EDiTApply")
     assert tab.complaints == []
     assert tab.outside == set()
+
+
+def test_bypassing_apply_gives_the_teachers_picture_bit_for_bit(tab: Tab) -> None:
+    tab.load(AB)
+    tab.set("steps", 2)
+    first = tab.draw()
+    assert not np.array_equal(first["base"], first["edit"])
+    tab.select("EDiTApply")
+    tab.command("Comfy.Canvas.ToggleSelectedNodes.Bypass")
+    assert "EDiTApply" not in {node["class_type"] for node in tab.prompt().values()}
+    bypassed = tab.draw()
+    assert np.array_equal(bypassed["edit"], first["base"])
+    assert np.array_equal(bypassed["base"], first["base"])
+
+
+def test_a_dropped_file_calibrates_with_a_live_curve_and_can_be_interrupted(tab: Tab) -> None:
+    tab.load(AB)
+    tab.set("steps", 1)
+    before = tab.draw()["base"]
+    tab.drop(CALIBRATE)
+    tab.set("steps", 1, "KSampler")
+    tab.set("steps", 5000, "EDiTCalibrate")
+    tab.queue()
+    wait_for_curve(tab)
+    tab.command("Comfy.Interrupt")
+    assert tab.finish() == "interrupted"
+
+    tab.set("steps", 4, "EDiTCalibrate")
+    tab.set("threshold", 1000, "EDiTLayerReport")
+    outputs = tab.run()
+    report = outputs[tab.node_id("EDiTLayerReport")]
+    assert len(report["block_errors"]) == BLOCKS and report["images"]
+    assert f"{BLOCKS}/{BLOCKS} linear" in tab.badges("EDiTApply")
+    tab.look_at("EDiTApply", 1.5)
+    tab.page.wait_for_function(
+        "said => [...document.querySelectorAll('.edit-picker-note')].some(note => note.textContent === said)",
+        arg=f"{BLOCKS}/{BLOCKS} linear, from another node",
+    )
+    titles = tab.page.locator(".edit-picker-strip > span").evaluate_all("cells => cells.map(cell => cell.title)")
+    assert all(", error " in title for title in titles), titles  # of EDiTInit's as well
+
+    tab.load(AB)
+    tab.set("steps", 1)
+    assert np.array_equal(tab.draw()["base"], before)
+    assert tab.complaints == []
+
+
+def test_the_benchmarks_chart_is_shown_in_its_node(tab: Tab) -> None:
+    tab.load(BENCHMARK)
+    tab.set("sizes", "288")
+    tab.set("repeats", 1)
+    outputs = tab.run()
+    (chart,) = outputs[tab.node_id("EDiTBenchmark")]["images"]
+    assert chart["type"] == "temp"
+    tab.look_at("EDiTBenchmark")
+    tab.page.wait_for_function(
+        "id => app.graph.getNodeById(id).imgs?.some(image => image.naturalWidth === 960)",
+        arg=tab.node_id("EDiTBenchmark"),
+    )
+
+
+def test_help_pages_open_with_their_pictures(tab: Tab) -> None:
+    tab.load(AB)
+    for kind, heading in (("EDiTApply", "EDiT: Apply Linear Attention"), ("EDiTCompare", "EDiT: Compare Pictures")):
+        tab.look_at(kind)
+        tab.select(kind)
+        tab.page.locator('[data-testid="info-button"]').first.click()
+        page = tab.page.locator(".node-help-content")
+        page.get_by_role("heading", name=heading, exact=True).wait_for()
+        picture = page.locator("img").first
+        picture.evaluate("image => image.decode()")
+        assert f"/extensions/{PACK_NAME}/docs/" in picture.evaluate("image => image.src")
+        assert picture.evaluate("image => image.naturalWidth") > 100
+    assert tab.complaints == []
 
 
 def test_picker_text_is_read_as_the_pack_reads_it(tab: Tab) -> None:
@@ -255,28 +240,53 @@ def test_picker_text_is_read_as_the_pack_reads_it(tab: Tab) -> None:
 
 
 def test_the_workflow_file_is_the_same_with_and_without_the_extension(tab: Tab) -> None:
-    tab.load(TEMPLATE)
+    tab.load(AB)
     values = tab.page.evaluate(
         "() => Object.fromEntries(app.graph.serialize().nodes.map(node => [node.id, node.widgets_values]))"
     )
-    template = json.loads((workflows.WORKFLOWS / f"{TEMPLATE}.json").read_text(encoding="utf-8"))
-    for node in template["nodes"]:
+    for node in json.loads(template(AB).read_text(encoding="utf-8"))["nodes"]:
         if node["type"].startswith("EDiT"):
             assert (values[str(node["id"])] or []) == node["widgets_values"]
-    inputs = {key: node["inputs"].keys() for key, node in workflows.read_api(TEMPLATE).items()}
+    inputs = {key: node["inputs"].keys() for key, node in workflows.read_api(AB).items()}
     assert {key: node["inputs"].keys() for key, node in tab.prompt().items()} == inputs
 
 
-def test_vue_nodes_show_picker_and_slider(server: Server, browser: Any) -> None:
-    tab = Tab(browser, server, vue=True)
+def test_without_the_extension_a_workflow_still_runs(server: Server, browser: Any, tab: Tab) -> None:
+    tab.load(AB)
+    tab.set("steps", 1)
+    wanted = tab.draw()
+    tab.load(BENCHMARK)  # whose results push the others out of the cache
+    tab.set("sizes", "288")
+    tab.run()
+    plain = Tab(browser, server, settings={"Comfy.Extension.Disabled": ["EDiT"]})
     try:
-        version = tab.page.evaluate("() => globalThis.__COMFYUI_FRONTEND_VERSION__ ?? '0.0'")
-        if tuple(map(int, version.split(".")[:2])) < (1, 40):
-            pytest.skip(f"the Vue nodes of frontend {version} are an early experiment")
-        tab.load(TEMPLATE)
-        check_drawing(tab)
-        check_slider(tab)
-        check_picker(tab)
-        assert tab.complaints == []
+        plain.load(AB)
+        plain.set("steps", 1)
+        pictures = plain.draw()
+        assert plain.page.locator(".edit-picker, .edit-slider").count() == 0
+        assert all(np.array_equal(pictures[name], wanted[name]) for name in wanted)
     finally:
-        tab.page.close()
+        plain.close()
+
+
+def test_vue_nodes_show_badge_picker_slider_and_curve(vue_tab: Tab) -> None:
+    tab = vue_tab
+    tab.load(AB)
+    tab.set("steps", 1)
+    check_drawing(tab)
+    check_slider(tab)
+    tab.look_at("EDiTApply")
+    tab.page.wait_for_function(
+        """([id, said]) => [...document.querySelectorAll(`[data-node-id="${id}"] *`)].some(part =>
+          !part.children.length && !part.matches(".edit-picker *") && part.textContent.trim() === said)""",
+        arg=[tab.node_id("EDiTApply"), f"{BLOCKS}/{BLOCKS} linear"],
+    )
+    check_picker(tab)
+    tab.load(CALIBRATE)
+    tab.set("steps", 5000)
+    tab.look_at("EDiTCalibrate")
+    tab.queue()
+    wait_for_curve(tab, vue=True)
+    tab.command("Comfy.Interrupt")
+    assert tab.finish() == "interrupted"
+    assert tab.complaints == []

@@ -5,7 +5,7 @@ import { addStyle, after } from "./dom.js";
 import { addPicker, useReport } from "./picker.js";
 import { addSlider } from "./slider.js";
 
-/** Says on the node's title how many blocks were linear in the last run. */
+/** Says over the node how many blocks were linear in the last run. */
 function addBadge(node) {
   const Badge = globalThis.LGraphBadge;
   if (!Badge || !Array.isArray(node.badges)) return () => {};
@@ -14,6 +14,9 @@ function addBadge(node) {
   return (text) => {
     badge.text = text;
     node.graph?.setDirtyCanvas(true, true);
+    // Vue nodes draw from a copy, which is renewed where another list is announced.
+    const property = { type: "node:property:changed", nodeId: node.id, property: "badges" };
+    node.graph?.trigger?.("node:property:changed", { ...property, oldValue: node.badges, newValue: [...node.badges] });
   };
 }
 

@@ -344,6 +344,38 @@ def check_report_draws_a_chart_and_suggests_layers(b: str) -> Any:
 
 
 @as_in_a_server
+def check_apply_tells_the_page_how_many_blocks_are_linear(b: str) -> Any:
+    """For the badge and the layer picker; of all such nodes in a chain, since it is the model's badge."""
+    m, w = model(b), student(b)
+    depth, found = module("patcher").identify_model(m).depth, {}
+    one, first_two = apply_result(m, w, "0"), apply_result(m, w, "0-1")
+    two, chained = apply_result(one.args[0], w, "2"), apply_result(first_two.args[0], w, "1-2")
+    results = {"0": one, "0-1": first_two, "0, 2": two, "0-2": chained, "none": apply_result(m, w, "none")}
+    for layers, wanted in (("0", 1), ("0-1", 2), ("0, 2", 2), ("0-2", 3), ("none", 0)):
+        found[layers] = results[layers].ui["edit_blocks"]
+        assert found[layers] == [wanted, depth], (layers, found)
+    return json.dumps(found)
+
+
+def apply_result(m: Any, w: Any, layers: str) -> Any:
+    inputs = {"start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0}
+    return nodes.NODE_CLASS_MAPPINGS["EDiTApply"].execute(model=m, edit_weights=w, layers=layers, **inputs)
+
+
+@as_in_a_server
+def check_report_tells_the_page_every_blocks_worst_error(b: str) -> Any:
+    """For the colours of the layer pickers; null for a block that has no weights, or whose error is not finite."""
+    m = model(b)
+    w, depth = fresh(m, layers="1"), module("patcher").identify_model(m).depth
+    told = report(b, m, w).ui["block_errors"]
+    measured = errors(b, m, w)
+    assert told == [max(measured.values()) if block == 1 else None for block in range(depth)], (told, measured)
+    of = module("report").block_errors
+    assert of({"0.joint": 0.1, "0.self": 0.3, "1.joint": math.inf, "2.self": math.nan}, 4) == [0.3, None, None, None]
+    return json.dumps(told, allow_nan=False)
+
+
+@as_in_a_server
 def check_benchmark_names_both_and_every_size(b: str) -> Any:
     m = model(b)
     patched = apply(m, student(b))

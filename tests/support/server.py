@@ -19,7 +19,7 @@ from . import comfy
 PACK_NAME = "edit-attention"
 """The folder's name in custom_nodes, as the registry would install it: it differs from the repository's on purpose."""
 
-READY_SECONDS = 300
+READY_SECONDS = 600
 PROMPT_SECONDS = 120
 
 
@@ -99,6 +99,9 @@ class Server:
 
     def get_json(self, path: str) -> Any:
         return json.loads(self.get(path))
+
+    def post(self, path: str, data: dict[str, Any]) -> bytes:
+        return self._request(path, data)
 
     def run(self, prompt: dict[str, Any]) -> Run:
         """Executes an API prompt.
