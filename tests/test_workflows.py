@@ -18,6 +18,7 @@ from support import cli, comfy, models, workflows
 from support.server import PACK_NAME, Server, ServerError
 from support.tools import tool
 from support.workflows import (
+    GUIDED,
     HEIGHT,
     NAMES,
     TEXT_LOADERS,
@@ -95,6 +96,40 @@ def test_calibrated_weights_are_saved_and_can_be_applied(server: Server, model_f
     weights = EDiTWeights.load(model_files.parent / saved)
     assert weights.training["steps"] == 2
     draw(server, f"small_world_{backbone}_ab", edit_name=Path(saved).name)
+
+
+def test_lora_controlnet_and_skip_layer_guidance_each_change_the_picture_beside_edit(server: Server) -> None:
+    prompt = small(read_api(GUIDED), seed=1)
+    (save,), (apply,) = (
+        [key for key, node in prompt.items() if node["class_type"] == kind] for kind in ("SaveImage", "EDiTApply")
+    )
+
+    def drawn(changes: dict[str, dict[str, Any]]) -> np.ndarray[Any, Any]:
+        changed = json.loads(json.dumps(prompt))
+        for node in changed.values():
+            node["inputs"] |= changes.get(node["class_type"], {})
+        result = server.run(changed)
+        assert result.outputs[apply]["edit_blocks"] == [0 if changes.get("EDiTApply") else 3, 3]
+        return workflows.picture(server, result, save).astype(float)
+
+    off: dict[str, dict[str, Any]] = {
+        "LoraLoaderModelOnly": {"strength_model": 0.0},
+        "ControlNetApplyAdvanced": {"strength": 0.0},
+        "SkipLayerGuidanceSD3": {"scale": 0.0},
+        "EDiTApply": {"layers": "none"},
+    }
+    everything, base = drawn({}), drawn(off)
+    (plain,) = draw(server, "sd35_medium").values()
+    assert np.array_equal(base, plain)
+    differences = {kind: np.abs(drawn({kind: change}) - everything).mean() for kind, change in off.items()}
+    alone = {
+        kind: np.abs(drawn({other: change for other, change in off.items() if other != kind}) - base).mean()
+        for kind in off
+    }
+    print(differences, alone)
+    assert min(differences.values()) > 0.5, differences  # of 255
+    assert min(alone.values()) > 0.5, alone
+    assert np.array_equal(drawn({}), everything)
 
 
 def test_the_script_of_the_docs_and_comfy_cli_draw_the_same_pictures(
@@ -312,6 +347,7 @@ def test_template_note_names_every_file_and_its_folder(name: str) -> None:
                 assert f"`{value.rpartition('/')[2]}`" in note
     folders = {"EDiTLoadModel": "diffusion_models", "VAELoader": "vae"}
     folders |= {"EDiTLoadWeights": "edit", "EDiTSaveWeights": "edit"}
+    folders |= {"LoraLoaderModelOnly": "loras", "ControlNetLoader": "controlnet"}
     folders |= dict.fromkeys(TEXT_LOADERS, "text_encoders")
     for folder in {folders[node["class_type"]] for node in read_api(name).values() if node["class_type"] in folders}:
         assert f"models/{folder}" in note
