@@ -14,6 +14,7 @@ from ..edit_core.distill.losses import TransferTap
 from ..edit_core.layers import format_layers
 from . import charts
 from .apply import CATEGORY, Weights
+from .checks import check_values
 from .patcher import identify_model
 from .teacher import Student, Teacher, sample_with
 
@@ -64,6 +65,7 @@ class EDiTLayerReport(io.ComfyNode):
     def execute(
         cls, model: Any, edit_weights: EDiTWeights, conditioning: Any, latent: dict[str, Any], threshold: float
     ) -> io.NodeOutput:
+        check_values(cls, threshold=threshold)
         errors = attention_errors(model, edit_weights, conditioning, latent)
         layers = suggest_layers(errors, threshold)
         chart = charts.as_image(charts.error_bars(errors, threshold))

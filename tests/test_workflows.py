@@ -257,23 +257,26 @@ def test_server_log_has_no_complaint_about_the_pack(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "key", "value", "part"),
+    ("node", "values", "part"),
     [
-        ("EDiTLoadWeights", "edit_name", "absent.safetensors", "'absent.safetensors' is not in models/edit"),
-        ("EDiTLoadModel", "model_name", "diffusion_models/absent.safetensors", "is not in models/diffusion_models"),
-        ("EDiTLoadModel", "model_name", "vae/absent.safetensors", "must begin with diffusion_models/ or checkpoints/"),
-        ("EDiTLoadModel", "edit_weights", "absent.safetensors", "'absent.safetensors' is not in models/edit"),
-        ("EDiTApply", "layers", "first", "'first' in 'first' is not a block or a range"),
-        ("EDiTApply", "start_percent", 2.0, "bigger than max"),
+        ("EDiTLoadWeights", {"edit_name": "absent.safetensors"}, "'absent.safetensors' is not in models/edit"),
+        ("EDiTLoadModel", {"model_name": "diffusion_models/absent.sft"}, "is not in models/diffusion_models"),
+        ("EDiTLoadModel", {"model_name": "vae/absent.sft"}, "must begin with diffusion_models/ or checkpoints/"),
+        ("EDiTLoadModel", {"weight_dtype": "fp64"}, "'fp64' is not one of default, fp32"),
+        ("EDiTLoadModel", {"edit_weights": "absent.safetensors"}, "'absent.safetensors' is not in models/edit"),
+        ("EDiTApply", {"layers": "first"}, "'first' in 'first' is not a block or a range"),
+        ("EDiTApply", {"start_percent": 2.0}, "2.0 is not between 0.0 and 1.0"),
+        ("EDiTApply", {"start_percent": 0.9, "end_percent": 0.5}, "start_percent 0.9 is after end_percent 0.5"),
+        ("EDiTApply", {"min_tokens": -2}, "smaller than min"),
     ],
 )
 def test_wrong_values_are_refused_before_anything_is_loaded(
-    server: Server, node: str, key: str, value: Any, part: str
+    server: Server, node: str, values: dict[str, Any], part: str
 ) -> None:
     prompt = small(read_api("pixart_sigma_edit"), seed=1)
     for entry in prompt.values():
         if entry["class_type"] == node:
-            entry["inputs"][key] = value
+            entry["inputs"] |= values
     with pytest.raises(ServerError, match=r"^/prompt: 400") as caught:
         server.run(prompt)
     refusal = str(caught.value)
