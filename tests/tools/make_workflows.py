@@ -272,7 +272,7 @@ def groups_of(model: Model, kind: str) -> list[Group]:
         report = Node(
             "EDiTLayerReport", "Layer report",
             {"model": base_trunk[0], "edit_weights": weights[0], "conditioning": positive[0], "latent": latent[0],
-             "threshold": 0.5}, (400, 360),
+             "threshold": 0.25}, (400, 360),
         )  # fmt: skip
         layers = Node("PreviewAny", "Suggested layers", {"source": report[1]}, (400, 90))
         applied = applied_of(base_trunk[0], weights[0], report[1])
