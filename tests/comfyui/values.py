@@ -178,7 +178,7 @@ class Host:
                     ],
                     "output_node": bool(schema.is_output_node),
                 }
-        return {"nodes": found, "given": self.names, "root": str(self.root)}
+        return {"nodes": found, "given": self.names}
 
     def run(self, node: str, values: dict[str, Any], linked: dict[str, Any]) -> dict[str, Any]:
         """Executes one node.
