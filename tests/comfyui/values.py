@@ -228,14 +228,14 @@ class Host:
 
     def usable(self) -> dict[str, Any]:
         """Whether the base models draw what they drew at first, to the bit, and nothing of ours is left in them."""
+        changed = [backbone for backbone in BACKBONES if not torch.equal(draw(GIVEN[backbone]), self.plain[backbone])]
+        comfy.model_management.unload_all_models()  # a model that was drawn with stays injected until then
         left = [
             type(layer).__name__
             for backbone in BACKBONES
             for layer in GIVEN[backbone].model.modules()
             if "forward" in layer.__dict__
         ]
-        changed = [backbone for backbone in BACKBONES if not torch.equal(draw(GIVEN[backbone]), self.plain[backbone])]
-        comfy.model_management.unload_all_models()
         return {"left": left, "changed": changed}
 
 
