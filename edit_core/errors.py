@@ -1,10 +1,17 @@
 """Errors that a user can cause and mend: each message is one sentence that says what was found and what to do."""
 
-__all__ = ["EDiTConfigError", "EDiTError", "EDiTModelError", "EDiTResultError", "EDiTWeightsError"]
+__all__ = ["EDiTConfigError", "EDiTError", "EDiTModelError", "EDiTResultError", "EDiTWeightsError", "quoted"]
+
+_SHOWN = 60  # characters
 
 
 class EDiTError(ValueError):
     """A mistake that the user can mend. The message is complete: no traceback is needed to act on it."""
+
+
+def quoted(text: str) -> str:
+    """A text as an error shows it: in quotes, on one line, and cut where it is long."""
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
 
 
 class EDiTConfigError(EDiTError):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from .errors import EDiTError
+from .errors import EDiTError, quoted
 
-__all__ = ["format_layers", "parse_layers"]
+__all__ = ["check_layers", "format_layers", "parse_layers"]
 
 _ITEM = re.compile(r"(\d{1,6})(?:\s*-\s*(\d{1,6}))?")
 
@@ -24,20 +24,37 @@ def parse_layers(text: str, depth: int) -> tuple[int, ...]:
     if words == "none":
         return ()
     chosen: set[int] = set()
-    for item in words.split(","):
-        match = _ITEM.fullmatch(item.strip())
-        if match is None:
-            raise EDiTError(
-                f'layers: {item.strip()!r} in {text!r} is not a block or a range; write "all", "none" or "0, 3-9, 27"'
-            )
-        first = int(match[1])
-        last = int(match[2] or first)
-        if last < first:
-            raise EDiTError(f"layers: the range {item.strip()!r} runs backwards; write {last}-{first}")
+    for first, last in _ranges(text):
         if last >= depth:
             raise EDiTError(f"layers: block {last} does not exist; this model has blocks 0-{depth - 1}")
         chosen.update(range(first, last + 1))
     return tuple(sorted(chosen))
+
+
+def check_layers(text: str) -> None:
+    """The form of a `layers` text, before it is known for which model.
+
+    Raises:
+        EDiTError: the text is no such list, or a range runs backwards.
+    """
+    if text.strip().lower() not in ("all", "none"):
+        for _ in _ranges(text):
+            pass
+
+
+def _ranges(text: str) -> Iterator[tuple[int, int]]:
+    for item in text.split(","):
+        match = _ITEM.fullmatch(item.strip())
+        if match is None:
+            raise EDiTError(
+                f"layers: {quoted(item.strip())} in {quoted(text)} is not a block or a range; "
+                'write "all", "none" or "0, 3-9, 27"'
+            )
+        first = int(match[1])
+        last = int(match[2] or first)
+        if last < first:
+            raise EDiTError(f"layers: the range {quoted(item.strip())} runs backwards; write {last}-{first}")
+        yield first, last
 
 
 def format_layers(blocks: Iterable[int]) -> str:

@@ -8,7 +8,8 @@ from comfy_api.latest import io
 
 from ..edit_core import EDiTConfig, EDiTError, EDiTWeights
 from ..edit_core.crossover import resolve
-from ..edit_core.layers import parse_layers
+from ..edit_core.layers import check_layers
+from .checks import check_values, refusal
 from .patcher import KEY, apply_to_model, base_tensor, compute_dtype, identify_model
 
 CATEGORY = "EDiT"
@@ -19,20 +20,6 @@ LAYERS_TOOLTIP = 'Transformer blocks: "all", "none", or a list such as "0, 3-9, 
 
 def layers_input() -> io.String.Input:
     return io.String.Input("layers", default="all", tooltip=LAYERS_TOOLTIP)
-
-
-def check_layers_text(layers: str | None) -> bool | str:
-    """For `validate_inputs`: the text's form, before anything is loaded; how many blocks there are is seen later.
-
-    A linked input is None there. Only what is checked may be named, since core leaves the rest of it to us.
-    """
-    if layers is None:
-        return True
-    try:
-        parse_layers(layers, depth=1_000_000)
-    except EDiTError as error:
-        return str(error)
-    return True
 
 
 def linear_blocks(model: Any) -> set[int]:
@@ -86,8 +73,23 @@ class EDiTApply(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, layers: str | None = None) -> bool | str:
-        return check_layers_text(layers)
+    def validate_inputs(
+        cls, layers: str | None = None, start_percent: float | None = None, end_percent: float | None = None
+    ) -> bool | str:
+        return refusal(lambda: cls._check(layers, start_percent, end_percent))
+
+    @classmethod
+    def _check(cls, layers: str | None, start_percent: float | None, end_percent: float | None) -> None:
+        """What can be said before anything is loaded; what is linked is None then. How many blocks there are is seen
+        later."""
+        if layers is not None:
+            check_layers(layers)
+        check_values(cls, start_percent=start_percent, end_percent=end_percent)
+        if start_percent is not None and end_percent is not None and start_percent > end_percent:
+            raise EDiTError(
+                f"start_percent {start_percent:g} is after end_percent {end_percent:g}, so nothing would be linear; "
+                "exchange them, or bypass the node"
+            )
 
     @classmethod
     def execute(
@@ -99,6 +101,8 @@ class EDiTApply(io.ComfyNode):
         end_percent: float,
         min_tokens: int,
     ) -> io.NodeOutput:
+        cls._check(layers, start_percent, end_percent)
+        check_values(cls, min_tokens=min_tokens)
         if min_tokens < 0:
             name, device = identify_model(model).backbone.name, model.load_device
             min_tokens = resolve("auto", name, compute_dtype(model), device)
@@ -132,9 +136,10 @@ class EDiTInit(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, layers: str | None = None) -> bool | str:
-        return check_layers_text(layers)
+        return True if layers is None else refusal(lambda: check_layers(layers))  # None: linked
 
     @classmethod
     def execute(cls, model: Any, compression: int, layers: str) -> io.NodeOutput:
+        check_values(cls, compression=compression)
         config = EDiTConfig.preset(compression=compression)
         return io.NodeOutput(EDiTWeights.init_for(identify_model(model), base_tensor(model), config, layers))

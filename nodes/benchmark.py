@@ -13,10 +13,12 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..edit_core import EDiTError
+from ..edit_core.errors import quoted
 from ..edit_core.models import PROMPT_TOKENS
 from ..edit_core.runtime import timed
 from . import charts
 from .apply import CATEGORY
+from .checks import check_values, refusal
 from .patcher import compute_dtype, identify_model
 from .teacher import Teacher, sample_with
 
@@ -58,16 +60,11 @@ class EDiTBenchmark(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, sizes: str | None = None) -> bool | str:
-        if sizes is None:  # linked
-            return True
-        try:
-            parse_sizes(sizes)
-        except EDiTError as error:
-            return str(error)
-        return True
+        return True if sizes is None else refusal(lambda: parse_sizes(sizes))  # None: linked
 
     @classmethod
     def execute(cls, model_a: Any, model_b: Any, sizes: str, repeats: int) -> io.NodeOutput:
+        check_values(cls, repeats=repeats)
         models, sides = (model_a, model_b), parse_sizes(sizes)
         bases = [identify_model(model) for model in models]
         for base, side in ((base, side) for base in bases for side in sides):
@@ -108,7 +105,8 @@ def parse_sizes(text: str) -> list[int]:
     for item in (part.strip() for part in text.split(",")):
         if not re.fullmatch(r"[0-9]{1,6}", item) or int(item) % 16 or not 16 <= int(item) <= _LARGEST:
             raise EDiTError(
-                f"sizes: {item!r} in {text!r} is not a multiple of 16 up to {_LARGEST}; write such as 512, 1024"
+                f"sizes: {quoted(item)} in {quoted(text)} is not a multiple of 16 up to {_LARGEST}; "
+                "write such as 512, 1024"
             )
         sides.add(int(item))
     if len(sides) > _MOST_SIZES:

@@ -16,6 +16,7 @@ from ..edit_core.distill.losses import TransferTap
 from ..edit_core.distill.transfer import trained_weights, transfer
 from . import charts
 from .apply import CATEGORY, Weights
+from .checks import check_values
 from .teacher import Student, Teacher, sample_with
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class EDiTCalibrate(io.ComfyNode):
         lr: float,
         seed: int,
     ) -> io.NodeOutput:
+        check_values(cls, steps=steps, lr=lr, seed=seed)
         student = Student(model, edit_weights, latent)
         watch = _Watch(steps)
 

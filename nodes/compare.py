@@ -12,6 +12,7 @@ from torch import Tensor
 from ..edit_core import EDiTError
 from ..edit_core.similarity import psnr, ssim
 from .apply import CATEGORY
+from .checks import check_values
 
 
 class EDiTCompare(io.ComfyNode):
@@ -50,6 +51,7 @@ class EDiTCompare(io.ComfyNode):
 
     @classmethod
     def execute(cls, image_a: Tensor, image_b: Tensor, gain: float) -> io.NodeOutput:
+        check_values(cls, gain=gain)
         if image_a.shape != image_b.shape:
             raise EDiTError(
                 f"two pictures of one size can be compared, and these are {_shape(image_a)} and {_shape(image_b)}; "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import unicodedata
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -15,7 +17,9 @@ from comfy_api.latest import io, ui
 from ..edit_core import EDiTError, EDiTWeights
 from ..edit_core.backbones import Base, identify
 from ..edit_core.basefile import BaseFile
+from ..edit_core.errors import EDiTModelError, quoted
 from .apply import CATEGORY, Weights
+from .checks import check_values, refusal
 from .patcher import apply_to_model
 from .small_world import is_small_pixart, load_small_pixart
 
@@ -50,8 +54,15 @@ def model_files() -> list[str]:
 
 
 def model_path(choice: str) -> str:
+    """Where a choice of :func:`model_files` lies.
+
+    Raises:
+        EDiTError: it is none, or no longer there.
+    """
     folder, _, name = choice.partition("/")
-    return folder_paths.get_full_path_or_raise(folder, name)
+    if folder not in MODEL_FOLDERS:
+        raise EDiTError(f"model_name {quoted(choice)} must begin with {' or '.join(f'{f}/' for f in MODEL_FOLDERS)}")
+    return file_path(folder, name)
 
 
 def identify_file(path: str, name: str) -> Base:
@@ -62,16 +73,41 @@ def identify_file(path: str, name: str) -> Base:
     """
     if path.lower().endswith((".safetensors", ".sft")):
         return BaseFile(path).identify(name)
-    state = comfy.utils.load_torch_file(path, safe_load=True)
-    return identify({key: tuple(value.shape) for key, value in state.items()}, name)
+    try:
+        state = comfy.utils.load_torch_file(path, safe_load=True)
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+    except Exception as error:  # whatever unpickling meets in a file that is none of PyTorch's
+        raise EDiTModelError(f"{name} is no file of PyTorch with a model's tensors ({type(error).__name__})") from None
+    return identify(shapes, name)
 
 
-def missing_file(folder: str, name: str | None) -> str | None:
-    """For `validate_inputs`: a sentence if a chosen file is not there (ComfyUI 0.3 does not check V3 lists)."""
-    if name is None or folder_paths.get_full_path(folder, name):
-        return None
+def file_path(folder: str, name: str) -> str:
+    """Where a file of a model folder lies.
+
+    Raises:
+        EDiTError: it is not there.
+    """
+    if path := folder_paths.get_full_path(folder, name):
+        return path
     hint = "; none are published for the real models yet, see the pack's README" if folder == FOLDER else ""
-    return f"{name!r} is not in models/{folder}{hint}"
+    raise EDiTError(f"{quoted(name)} is not in models/{folder}{hint}")
+
+
+def load_model(path: str, name: str, base: Base, options: dict[str, Any]) -> Any:
+    """A MODEL from a file that holds `base`.
+
+    Raises:
+        EDiTModelError: ComfyUI cannot load the file after all.
+    """
+    try:
+        if is_small_pixart(base):
+            return load_small_pixart(path, base.depth, options)
+        return comfy.sd.load_diffusion_model(path, model_options=options)
+    except comfy.model_management.OOM_EXCEPTION:
+        raise
+    except (RuntimeError, KeyError) as error:  # tensors of other shapes than their model's, or too few of them
+        detail = " ".join(str(error).split())
+        raise EDiTModelError(f"{name} is {base}, but ComfyUI cannot load it: {detail[:200]}") from None
 
 
 class EDiTLoadModel(io.ComfyNode):
@@ -106,12 +142,18 @@ class EDiTLoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str | None = None, edit_weights: str | None = None) -> bool | str:
-        folder, _, name = (model_name or "").partition("/")
-        if model_name is not None and folder not in MODEL_FOLDERS:
-            return f"model_name {model_name!r} must begin with {' or '.join(f'{f}/' for f in MODEL_FOLDERS)}"
-        weights = None if edit_weights == NO_WEIGHTS else edit_weights
-        return (model_name and missing_file(folder, name)) or missing_file(FOLDER, weights) or True
+    def validate_inputs(
+        cls, model_name: str | None = None, weight_dtype: str | None = None, edit_weights: str | None = None
+    ) -> bool | str:
+        return refusal(lambda: cls._check(model_name, weight_dtype, edit_weights))
+
+    @classmethod
+    def _check(cls, model_name: str | None, weight_dtype: str | None, edit_weights: str | None) -> None:
+        if model_name is not None:  # what is linked is None at first
+            model_path(model_name)
+        check_values(cls, weight_dtype=weight_dtype)
+        if edit_weights not in (None, NO_WEIGHTS):
+            file_path(FOLDER, edit_weights)
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None, weight_dtype: str | None, edit_weights: str | None) -> float:
@@ -120,14 +162,11 @@ class EDiTLoadModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, edit_weights: str) -> io.NodeOutput:
+        cls._check(model_name, weight_dtype, edit_weights)
         path = model_path(model_name)
         base = identify_file(path, model_name)
         logger.info("EDiT: %s is %s", model_name, base)
-        options = dict(WEIGHT_DTYPES[weight_dtype])
-        if is_small_pixart(base):
-            model = load_small_pixart(path, base.depth, options)
-        else:
-            model = comfy.sd.load_diffusion_model(path, model_options=options)
+        model = load_model(path, model_name, base, dict(WEIGHT_DTYPES[weight_dtype]))
         if edit_weights != NO_WEIGHTS:
             model = apply_to_model(model, load_weights(edit_weights))
         return io.NodeOutput(model)
@@ -135,11 +174,11 @@ class EDiTLoadModel(io.ComfyNode):
 
 def weights_time(name: str) -> float:
     """For `fingerprint_inputs`: a file that was replaced is read again."""
-    return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, name))
+    return os.path.getmtime(file_path(FOLDER, name))
 
 
 def load_weights(name: str) -> EDiTWeights:
-    weights, report = EDiTWeights.load_with_report(folder_paths.get_full_path_or_raise(FOLDER, name))
+    weights, report = EDiTWeights.load_with_report(file_path(FOLDER, name))
     logger.info("EDiT: %s: %s", name, report)
     return weights
 
@@ -164,15 +203,34 @@ class EDiTLoadWeights(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, edit_name: str | None = None) -> bool | str:
-        return missing_file(FOLDER, edit_name) or True
+        return True if edit_name is None else refusal(lambda: file_path(FOLDER, edit_name))  # None: linked
 
     @classmethod
-    def fingerprint_inputs(cls, edit_name: str) -> float:
-        return weights_time(edit_name)
+    def fingerprint_inputs(cls, edit_name: str | None) -> float:
+        return 0.0 if edit_name is None else weights_time(edit_name)
 
     @classmethod
     def execute(cls, edit_name: str) -> io.NodeOutput:
         return io.NodeOutput(load_weights(edit_name))
+
+
+def check_prefix(prefix: str) -> None:
+    """Whether a prefix names a file in `models/edit` or below.
+
+    Raises:
+        EDiTError: it does not, or no file can have this name.
+    """
+    name = os.path.basename(os.path.normpath(prefix))
+    root = os.path.realpath(folder_paths.get_folder_paths(FOLDER)[0])
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in prefix):  # control characters, half a letter
+        problem = "has characters that no file's name can have"
+    elif name in ("", ".", ".."):
+        problem = "names no file"
+    elif not os.path.realpath(os.path.join(root, prefix)).startswith(root + os.sep):
+        problem = f"leads out of models/{FOLDER}"
+    else:
+        return
+    raise EDiTError(f"filename_prefix {quoted(prefix)} {problem}; write a name such as edit, or folder/edit")
 
 
 class EDiTSaveWeights(io.ComfyNode):
@@ -196,14 +254,20 @@ class EDiTSaveWeights(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        return True if filename_prefix is None else refusal(lambda: check_prefix(filename_prefix))  # None: linked
+
+    @classmethod
     def execute(cls, edit_weights: EDiTWeights, filename_prefix: str) -> io.NodeOutput:
+        check_prefix(filename_prefix)
         root = folder_paths.get_folder_paths(FOLDER)[0]
         try:
             folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
-        except Exception as error:  # ComfyUI raises a bare Exception for a prefix that leaves the folder
-            raise EDiTError(f"filename_prefix {filename_prefix!r} cannot be used: {error}") from None
-        path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
-        edit_weights.save(path)
+            path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+            edit_weights.save(path)
+        except OSError as error:  # a name that is too long, a file where a folder should be, a full disk
+            detail = error.strerror or error
+            raise EDiTError(f"filename_prefix {quoted(filename_prefix)}: cannot be written ({detail})") from None
         saved = os.path.relpath(path, root)
         logger.info("EDiT: saved %s", path)
         return io.NodeOutput(ui=ui.PreviewText(f"models/{FOLDER}/{saved}"))

@@ -14,10 +14,17 @@ from ..edit_core.distill.losses import TransferTap
 from ..edit_core.layers import format_layers
 from . import charts
 from .apply import CATEGORY, Weights
+from .checks import check_values
 from .patcher import identify_model
 from .teacher import Student, Teacher, sample_with
 
 STEPS = 10
+THRESHOLD = 0.25
+"""Ours, from the small SD3.5, of 6 captions' attributes at 10 steps; the teacher gets 87% right. After 100 steps of
+calibration on one prompt the worst errors of its blocks are 0.18, 0.34 and 0.11, and with that block alone linear 83%,
+10% and 85% are right; untrained they are 0.33, 0.67 and 0.23, with 82%, 9% and 76%. At 0.5 all three would be made
+linear after the calibration, with 9% right.
+"""
 
 
 class EDiTLayerReport(io.ComfyNode):
@@ -39,7 +46,7 @@ class EDiTLayerReport(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="An empty latent of the size to measure at."),
                 io.Float.Input(
                     "threshold",
-                    default=0.5,
+                    default=THRESHOLD,
                     min=0.0,
                     max=1_000.0,
                     step=0.01,
@@ -64,6 +71,7 @@ class EDiTLayerReport(io.ComfyNode):
     def execute(
         cls, model: Any, edit_weights: EDiTWeights, conditioning: Any, latent: dict[str, Any], threshold: float
     ) -> io.NodeOutput:
+        check_values(cls, threshold=threshold)
         errors = attention_errors(model, edit_weights, conditioning, latent)
         layers = suggest_layers(errors, threshold)
         chart = charts.as_image(charts.error_bars(errors, threshold))

@@ -20,6 +20,7 @@ from ..edit_core.world.files import FOLDERS
 from ..edit_core.world.teachers import HEAD_WIDTH, HEADS, MAX_TOKENS, position_table
 from ..edit_core.world.text import TOKENS, WIDTH, WorldText
 from .apply import CATEGORY
+from .checks import check_values, refusal
 
 CHANNELS = {backbone: heads * HEAD_WIDTH[backbone] for backbone, heads in HEADS.items()}
 
@@ -166,7 +167,12 @@ class EDiTSmallWorldText(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, backbone: str | None = None) -> bool | str:
+        return refusal(lambda: check_values(cls, backbone=backbone))
+
+    @classmethod
     def execute(cls, backbone: str) -> io.NodeOutput:
+        check_values(cls, backbone=backbone)
         # ComfyUI's PixArt takes no mask, and SD3.5 was trained without one.
         tokenizer = partial(SmallWorldTokenizer, backbone == "sd35_medium")
         return io.NodeOutput(comfy.sd.CLIP(ClipTarget(tokenizer, SmallWorldEncoder)))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edit_core import EDiTConfig, EDiTConfigError, EDiTError
 from edit_core.config import PRESETS
-from edit_core.layers import format_layers, parse_layers
+from edit_core.layers import check_layers, format_layers, parse_layers
 
 
 @pytest.mark.parametrize(
@@ -116,3 +116,13 @@ def test_a_bad_layer_list_says_what_is_wrong(text: str, part: str) -> None:
 @given(st.sets(st.integers(0, 39)))
 def test_formatted_layers_read_back(blocks: set[int]) -> None:
     assert parse_layers(format_layers(blocks), 40) == tuple(sorted(blocks))
+
+
+def test_the_form_of_a_list_is_checked_without_writing_out_its_ranges() -> None:
+    check_layers("0-999999, " * 2000 + "7")  # seconds, and gigabytes, if they were
+    check_layers(" None ")
+    with pytest.raises(EDiTError, match="not a block or a range") as caught:
+        check_layers("x" * 9000 + "\n")
+    assert len(str(caught.value)) < 300
+    with pytest.raises(EDiTError, match="runs backwards; write 2-5"):
+        check_layers("0, 5-2")

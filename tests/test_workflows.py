@@ -18,6 +18,7 @@ from support import cli, comfy, models, workflows
 from support.server import PACK_NAME, Server, ServerError
 from support.tools import tool
 from support.workflows import (
+    GUIDED,
     HEIGHT,
     NAMES,
     TEXT_LOADERS,
@@ -95,6 +96,40 @@ def test_calibrated_weights_are_saved_and_can_be_applied(server: Server, model_f
     weights = EDiTWeights.load(model_files.parent / saved)
     assert weights.training["steps"] == 2
     draw(server, f"small_world_{backbone}_ab", edit_name=Path(saved).name)
+
+
+def test_lora_controlnet_and_skip_layer_guidance_each_change_the_picture_beside_edit(server: Server) -> None:
+    prompt = small(read_api(GUIDED), seed=1)
+    (save,), (apply,) = (
+        [key for key, node in prompt.items() if node["class_type"] == kind] for kind in ("SaveImage", "EDiTApply")
+    )
+
+    def drawn(changes: dict[str, dict[str, Any]]) -> np.ndarray[Any, Any]:
+        changed = json.loads(json.dumps(prompt))
+        for node in changed.values():
+            node["inputs"] |= changes.get(node["class_type"], {})
+        result = server.run(changed)
+        assert result.outputs[apply]["edit_blocks"] == [0 if changes.get("EDiTApply") else 3, 3]
+        return workflows.picture(server, result, save).astype(float)
+
+    off: dict[str, dict[str, Any]] = {
+        "LoraLoaderModelOnly": {"strength_model": 0.0},
+        "ControlNetApplyAdvanced": {"strength": 0.0},
+        "SkipLayerGuidanceSD3": {"scale": 0.0},
+        "EDiTApply": {"layers": "none"},
+    }
+    everything, base = drawn({}), drawn(off)
+    (plain,) = draw(server, "sd35_medium").values()
+    assert np.array_equal(base, plain)
+    differences = {kind: np.abs(drawn({kind: change}) - everything).mean() for kind, change in off.items()}
+    alone = {
+        kind: np.abs(drawn({other: change for other, change in off.items() if other != kind}) - base).mean()
+        for kind in off
+    }
+    print(differences, alone)
+    assert min(differences.values()) > 0.5, differences  # of 255
+    assert min(alone.values()) > 0.5, alone
+    assert np.array_equal(drawn({}), everything)
 
 
 def test_the_script_of_the_docs_and_comfy_cli_draw_the_same_pictures(
@@ -222,23 +257,26 @@ def test_server_log_has_no_complaint_about_the_pack(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "key", "value", "part"),
+    ("node", "values", "part"),
     [
-        ("EDiTLoadWeights", "edit_name", "absent.safetensors", "'absent.safetensors' is not in models/edit"),
-        ("EDiTLoadModel", "model_name", "diffusion_models/absent.safetensors", "is not in models/diffusion_models"),
-        ("EDiTLoadModel", "model_name", "vae/absent.safetensors", "must begin with diffusion_models/ or checkpoints/"),
-        ("EDiTLoadModel", "edit_weights", "absent.safetensors", "'absent.safetensors' is not in models/edit"),
-        ("EDiTApply", "layers", "first", "'first' in 'first' is not a block or a range"),
-        ("EDiTApply", "start_percent", 2.0, "bigger than max"),
+        ("EDiTLoadWeights", {"edit_name": "absent.safetensors"}, "'absent.safetensors' is not in models/edit"),
+        ("EDiTLoadModel", {"model_name": "diffusion_models/absent.sft"}, "is not in models/diffusion_models"),
+        ("EDiTLoadModel", {"model_name": "vae/absent.sft"}, "must begin with diffusion_models/ or checkpoints/"),
+        ("EDiTLoadModel", {"weight_dtype": "fp64"}, "'fp64' is not one of default, fp32"),
+        ("EDiTLoadModel", {"edit_weights": "absent.safetensors"}, "'absent.safetensors' is not in models/edit"),
+        ("EDiTApply", {"layers": "first"}, "'first' in 'first' is not a block or a range"),
+        ("EDiTApply", {"start_percent": 2.0}, "2.0 is not between 0.0 and 1.0"),
+        ("EDiTApply", {"start_percent": 0.9, "end_percent": 0.5}, "start_percent 0.9 is after end_percent 0.5"),
+        ("EDiTApply", {"min_tokens": -2}, "smaller than min"),
     ],
 )
 def test_wrong_values_are_refused_before_anything_is_loaded(
-    server: Server, node: str, key: str, value: Any, part: str
+    server: Server, node: str, values: dict[str, Any], part: str
 ) -> None:
     prompt = small(read_api("pixart_sigma_edit"), seed=1)
     for entry in prompt.values():
         if entry["class_type"] == node:
-            entry["inputs"][key] = value
+            entry["inputs"] |= values
     with pytest.raises(ServerError, match=r"^/prompt: 400") as caught:
         server.run(prompt)
     refusal = str(caught.value)
@@ -312,6 +350,7 @@ def test_template_note_names_every_file_and_its_folder(name: str) -> None:
                 assert f"`{value.rpartition('/')[2]}`" in note
     folders = {"EDiTLoadModel": "diffusion_models", "VAELoader": "vae"}
     folders |= {"EDiTLoadWeights": "edit", "EDiTSaveWeights": "edit"}
+    folders |= {"LoraLoaderModelOnly": "loras", "ControlNetLoader": "controlnet"}
     folders |= dict.fromkeys(TEXT_LOADERS, "text_encoders")
     for folder in {folders[node["class_type"]] for node in read_api(name).values() if node["class_type"] in folders}:
         assert f"models/{folder}" in note

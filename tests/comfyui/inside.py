@@ -216,7 +216,7 @@ def check_what_stays_dense_says_why_once(b: str) -> Any:
     plain = sample(base)
     for kwargs, part in (
         ({"min_tokens": 100_000}, "min_tokens=100000"),
-        ({"start_percent": 0.9, "end_percent": 0.5}, "outside 0.9-0.5 of the schedule"),
+        ({"start_percent": 0.9, "end_percent": 0.9}, "outside 0.9-0.9 of the schedule"),
     ):
         with logged() as lines:
             same(sample(apply(base, w, **kwargs)), plain, str(kwargs))
@@ -342,6 +342,7 @@ def check_bad_input_is_one_sentence_and_the_model_stays_usable(b: str) -> Any:
         user_error("is not a block", apply, base, w, layers="first"),
         user_error("does not exist", apply, base, w, layers="0, 99"),
         user_error("runs backwards", apply, base, w, layers="1-0"),
+        user_error("is after end_percent 0.5", apply, base, w, start_percent=0.9, end_percent=0.5),
         user_error("hold no block", apply, base, run("EDiTInit", model=base, compression=4, layers="0"), layers="0-1"),
         user_error("does not divide", run, "EDiTInit", model=base, compression=7, layers="all"),
         user_error(

@@ -338,6 +338,10 @@ def check_report_draws_a_chart_and_suggests_layers(b: str) -> Any:
         assert result.ui["text"] == (f"layers: {layers}",) and len(result.ui["images"]) == 1
         draw(b, apply(m, w, layers=layers))
     assert module("report").suggest_layers({"0.joint": 0.1, "0.self": math.nan, "1.joint": 0.1}, 0.1) == "1"
+    # The errors of the small SD3.5 after 100 steps, whose block 1 spoils the picture: see the default's own comment.
+    calibrated = {"0.joint": 0.1535, "0.self": 0.1756, "1.joint": 0.1293, "1.self": 0.3374, "2.joint": 0.1062}
+    (default,) = (s.default for s in module("report").EDiTLayerReport.define_schema().inputs if s.id == "threshold")
+    assert module("report").suggest_layers(calibrated, default) == "0, 2"
     some = report(b, m, fresh(m, layers="1"), threshold=1000.0).args[1]
     assert some == "1", "blocks without weights cannot be linear"
     return texts

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, SD3ControlNetModel
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -25,6 +26,8 @@ WORKFLOWS = comfy.PACK / "workflows"
 KINDS = ("", "_edit", "_ab", "_calibrate", "_benchmark")
 NAMES = [backbone + kind for backbone in models.BACKBONES for kind in KINDS]
 NAMES += [f"small_world_{backbone}{kind}" for backbone in models.BACKBONES for kind in KINDS[2:]]
+GUIDED = "sd35_medium_lora_controlnet_slg"
+NAMES.append(GUIDED)
 WIDTH, HEIGHT = 320, 256  # PixArt in ComfyUI needs a mean side of more than 256
 TEXT_LOADERS = ("CLIPLoader", "TripleCLIPLoader")
 
@@ -85,13 +88,43 @@ def write_stand_ins(base: Path) -> Path:
     pack ships; returns it."""
     comfy.write_files(base)
     folder = base / "models"
-    for name in ("vae", "text_encoders"):
+    for name in ("vae", "text_encoders", "loras", "controlnet"):
         (folder / name).mkdir()
     save_file(random_clip_l(), folder / "text_encoders" / "random_clip_l.safetensors")
     for backbone in models.BACKBONES:
         bases, edits = folder / "diffusion_models", folder / "edit"
         name_files(folder, backbone, bases / f"{backbone}.safetensors", edits / f"{backbone}.safetensors")
+    for node in read_api(GUIDED).values():
+        if node["class_type"] == "LoraLoaderModelOnly":
+            save_file(random_lora(comfy.base_model("sd35_medium")), folder / "loras" / node["inputs"]["lora_name"])
+        elif node["class_type"] == "ControlNetLoader":
+            path = folder / "controlnet" / node["inputs"]["control_net_name"]
+            save_file({k: v.contiguous() for k, v in random_controlnet().state_dict().items()}, path)
     return folder
+
+
+def random_controlnet() -> Any:
+    """A ControlNet of one block for the small SD3.5, as published ones for SD3.5-Medium are stored."""
+    torch.manual_seed(0)
+    controlnet = SD3ControlNetModel(
+        sample_size=64, num_layers=1, num_attention_heads=3, attention_head_dim=64, caption_projection_dim=192,
+        joint_attention_dim=4096, pooled_projection_dim=2048, pos_embed_max_size=48, dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )  # fmt: skip
+    models.randomise(controlnet, seed=1)
+    return controlnet
+
+
+def random_lora(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A LoRA on every linear of a diffusers model's attentions, under the names that diffusers gives one."""
+    generator = torch.Generator().manual_seed(9)
+    state = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and ".attn" in name:
+            down, up = (4, layer.in_features), (layer.out_features, 4)
+            for part, shape in (("lora_A", down), ("lora_B", up)):
+                state[f"transformer.{name}.{part}.weight"] = 0.1 * torch.randn(shape, generator=generator)
+    return state
 
 
 def name_files(folder: Path, backbone: str, model: Path, weights: Path) -> None:
@@ -106,6 +139,7 @@ def name_files(folder: Path, backbone: str, model: Path, weights: Path) -> None:
             channels = {"pixart_sigma": 4, "sd35_medium": 16}[backbone]
             save_file(random_vae(channels), folder / "vae" / inputs["vae_name"])
         elif node["class_type"] in TEXT_LOADERS:
+            # Empty ones, since each run puts the random one in their place.
             for key in inputs.keys() & {"clip_name", "clip_name1", "clip_name2", "clip_name3"}:
                 (folder / "text_encoders" / inputs[key]).touch()
 
@@ -129,6 +163,8 @@ def small(prompt: Prompt, seed: int) -> Prompt:
             inputs |= {"steps": 2, "seed": seed}
         elif node["class_type"] == "EDiTBenchmark":
             inputs |= {"sizes": "288", "repeats": 1}
+        elif node["class_type"] == "SkipLayerGuidanceSD3":  # a block that there is, in both of the steps
+            inputs |= {"layers": "1", "start_percent": 0.0, "end_percent": 1.0}
         elif node["class_type"].startswith("Empty"):
             inputs |= {"width": WIDTH, "height": HEIGHT}
     return prompt
@@ -159,6 +195,8 @@ def server(
         pytest.skip(comfy.NO_COMFYUI)
     base = tmp_path_factory.mktemp(request.param.name)
     (base / "models").symlink_to(model_files, target_is_directory=True)
+    (base / "input").mkdir()
+    shutil.copy(request.param / "input" / "example.png", base / "input")  # the picture that ComfyUI comes with
     with Server(request.param, base) as running:
         yield running
 

@@ -1,12 +1,27 @@
-"""Draws the picture of every template in `workflows/`, from the template itself: `python draw_thumbnails.py`."""
+"""Draws the picture of every template in `workflows/`: `python draw_thumbnails.py [NAME ...]`, all of them by default.
+
+Those of the small world show what its models draw of the template's prompt; the others show their graph, since no
+weights of the real models could be had where this was made.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from edit_core import EDiTConfig, EDiTWeights, apply_edit
+from edit_core.distill.calibrate import calibrate
+from edit_core.distill.losses import TransferTap
+from edit_core.layers import format_layers
+from edit_core.world.draw import draw as draw_scene
+from edit_core.world.files import load_teacher, shipped
+from edit_core.world.text import WorldText
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 WIDTH, HEIGHT, HEADER = 640, 400, 93
@@ -29,10 +44,11 @@ KINDS = {
     "_ab": ("A/B", "base beside EDiT, same seed", "#7d7db8"),
     "_calibrate": ("calibrate", "train, report, apply and save EDiT weights", "#5a9e5a"),
     "_benchmark": ("benchmark", "seconds per call, base against EDiT", "#b8823c"),
+    "_lora_controlnet_slg": ("EDiT", "with LoRA, ControlNet and SkipLayerGuidance", "#5a9e5a"),
 }
 LINKS = {
     "MODEL": "#b39ddb", "CLIP": "#ffd500", "VAE": "#ff6e6e", "CONDITIONING": "#ffa931", "LATENT": "#ff9cf9",
-    "IMAGE": "#64b5f6", "EDIT_WEIGHTS": "#6fcf97",
+    "IMAGE": "#64b5f6", "EDIT_WEIGHTS": "#6fcf97", "CONTROL_NET": "#6ee7b7",
 }  # fmt: skip
 
 Point = tuple[float, float]
@@ -89,6 +105,11 @@ def socket(node: dict[str, Any], slot: int, output: bool) -> Point:
     return x + (node["size"][0] if output else 0), y + SOCKET_TOP + SOCKET_STEP * slot
 
 
+def values_of(node: dict[str, Any]) -> list[Any]:
+    """Its widgets' values, without the one that changes a seed after each run, which is no input."""
+    return [value for value in node["widgets_values"] if value not in ("fixed", "randomize")]
+
+
 def draw_node(canvas: Canvas, node: dict[str, Any]) -> None:
     (x, y), (width, height) = node["pos"], node["size"]
     canvas.box(x, y - 30, width, height + 30, fill=NODE)
@@ -99,9 +120,7 @@ def draw_node(canvas: Canvas, node: dict[str, Any]) -> None:
     for slot, entry in enumerate(node["inputs"][:sockets]):
         canvas.text(x + 14, socket(node, slot, output=False)[1], entry["name"], 12, width / 2, VALUE)
     top = y + SOCKET_TOP + SOCKET_STEP * max(sockets, len(node["outputs"]))
-    # Without the widget that changes a seed after each run, which is no input.
-    values = [value for value in node["widgets_values"] if value not in ("fixed", "randomize")]
-    for place, (entry, value) in enumerate(zip(widgets, values, strict=True)):
+    for place, (entry, value) in enumerate(zip(widgets, values_of(node), strict=True)):
         if top + 24 * place + 10 > y + height:
             break
         shown = entry["name"] if entry["link"] is not None else f"{entry['name']}   {value}"
@@ -114,6 +133,83 @@ def draw_links(canvas: Canvas, template: dict[str, Any]) -> None:
     for _, source, output, target, slot, kind in template["links"]:
         start, end = socket(nodes[source], output, output=True), socket(nodes[target], slot, output=False)
         canvas.link(start, end, LINKS.get(kind, "#9a9aa2"))
+
+
+def value_of(template: dict[str, Any], kind: str, name: str) -> Any:
+    """What the first node of a kind has in a widget."""
+    node = next(node for node in template["nodes"] if node["type"] == kind)
+    widgets = [entry["name"] for entry in node["inputs"] if "widget" in entry]
+    return values_of(node)[widgets.index(name)]
+
+
+class Errors(TransferTap):
+    """What EDiT: Layer Report measures: every attention's error, by the calls of a drawing."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.found: dict[str, list[float]] = {}
+
+    def __call__(self, key: str, dense: Callable[[], Any], edit: Callable[[], Any]) -> Any:
+        output = super().__call__(key, dense, edit)
+        self.found.setdefault(key, []).append(float(self.losses[key]))
+        return output
+
+    def within(self, threshold: float) -> str:
+        """The blocks none of whose attentions has a larger mean error."""
+        blocks = {int(key.split(".")[0]) for key in self.found}
+        above = {int(key.split(".")[0]) for key, values in self.found.items() if fmean(values) > threshold}
+        return format_layers(blocks - above)
+
+
+def scenes_of(name: str, template: dict[str, Any]) -> dict[str, Image.Image]:
+    """What the template's models draw of its prompt with its seed, by what to call it."""
+    backbone = name.removeprefix("small_world_").rpartition("_")[0]
+    teacher = load_teacher(shipped("diffusion_models", backbone))
+    prompt, kind = value_of(template, "CLIPTextEncode", "text"), "PrimitiveInt" if name.endswith("_ab") else "KSampler"
+    seed = value_of(template, kind, "value" if kind == "PrimitiveInt" else "seed")
+    size = next(node for node in template["nodes"] if node["type"].startswith("Empty"))
+    width, height = size["widgets_values"][:2]
+
+    def drawn(weights: EDiTWeights | None, layers: str = "all") -> Image.Image:
+        handle = apply_edit(teacher, weights, layers) if weights else None
+        pixels = draw_scene(backbone, teacher, [prompt], [seed], width, height, value_of(template, "KSampler", "steps"))
+        if handle:
+            handle.remove()
+        return Image.fromarray(pixels[0].numpy())
+
+    if name.endswith("_ab"):
+        student = EDiTWeights.load(shipped("edit", backbone))
+        return {"softmax attention": drawn(None), "EDiT, distilled": drawn(student)}
+    text, steps = WorldText(), value_of(template, "EDiTCalibrate", "steps")
+    both = text.encode_prompts([prompt, ""])
+    positive, negative = ({key: part[i : i + 1] for key, part in both.items()} for i in (0, 1))
+    untrained = EDiTWeights.init(teacher, EDiTConfig.preset())
+    trained, _ = calibrate(
+        teacher, untrained, [positive], negative, steps=steps, height=height // 8, width=width // 8,
+        lr=value_of(template, "EDiTCalibrate", "lr"),
+    )  # fmt: skip
+    errors = Errors()
+    with apply_edit(teacher, trained) as handle:  # the teacher draws meanwhile
+        handle.tap = errors
+        draw_scene(backbone, teacher, [prompt], [0], width, height, steps=10, guidance=1.0)
+    layers = errors.within(value_of(template, "EDiTLayerReport", "threshold"))
+    return {
+        "softmax attention": drawn(None),
+        "EDiT, untrained": drawn(untrained),
+        f"{steps} steps, blocks {layers}": drawn(trained, layers),
+    }
+
+
+def draw_scenes(image: Image.Image, draw: ImageDraw.ImageDraw, scenes: dict[str, Image.Image]) -> None:
+    """Pictures in a line, their names below."""
+    side = FINER * min(250, (WIDTH - 28) // len(scenes) - 16)
+    step = FINER * WIDTH // len(scenes)
+    top = FINER * (HEADER + (HEIGHT - HEADER - 28) // 2) - side // 2
+    for place, (label, scene) in enumerate(scenes.items()):
+        left = place * step + (step - side) // 2
+        image.paste(scene.resize((side, side), Image.Resampling.LANCZOS), (left, top))
+        middle = (left + side // 2, top + side + FINER * 16)
+        draw.text(middle, label, FAINT, font(FINER * 15), anchor="mm")
 
 
 def picture(name: str, template: dict[str, Any]) -> Image.Image:
@@ -133,6 +229,14 @@ def picture(name: str, template: dict[str, Any]) -> Image.Image:
     draw.text((left + FINER * 12, FINER * 32.5), badge, INK, label, anchor="lm")
     draw.text((FINER * 28, FINER * 69), subtitle, FAINT, font(FINER * 18), anchor="lm")
 
+    if model.startswith("small_world") and not name.endswith("_benchmark"):
+        draw_scenes(image, draw, scenes_of(name, template))
+    else:
+        draw_graph(draw, template)
+    return image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+
+
+def draw_graph(draw: ImageDraw.ImageDraw, template: dict[str, Any]) -> None:
     canvas = Canvas(draw, template["groups"])
     for group in template["groups"]:
         x, y, width, height = group["bounding"]
@@ -143,11 +247,10 @@ def picture(name: str, template: dict[str, Any]) -> Image.Image:
         if node["type"] not in NOTES:
             draw_node(canvas, node)
     draw_links(canvas, template)
-    return image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 
 def main() -> None:
-    for path in sorted(WORKFLOWS.glob("*.json")):
+    for path in [WORKFLOWS / f"{name}.json" for name in sys.argv[1:]] or sorted(WORKFLOWS.glob("*.json")):
         template = json.loads(path.read_text(encoding="utf-8"))
         picture(path.stem, template).save(path.with_suffix(".jpg"), quality=88, optimize=True)
 

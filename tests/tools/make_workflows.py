@@ -24,6 +24,7 @@ FLUX_TEXT = f"{HF}/comfyanonymous/flux_text_encoders/resolve/main"
 SD35_TEXT = f"{HF}/Comfy-Org/stable-diffusion-3.5-fp8/resolve/main/text_encoders"
 SD35_RELEASE = f"{HF}/stabilityai/stable-diffusion-3.5-medium/resolve/main"
 PIXART_RELEASE = f"{HF}/PixArt-alpha/PixArt-Sigma-XL-2-1024-MS/resolve/main/transformer"
+CONTROLNET_RELEASE = f"{HF}/tensorart/SD3.5M-Controlnet-Canny/resolve/main"
 
 PROMPT = (
     "A red fox asleep on a mossy stone in a misty pine forest, soft morning light between the trees, "
@@ -54,6 +55,9 @@ class Model:
     sampling: dict[str, Any]
     edit_file: str
     shift: float | None = None
+    lora: str = ""
+    control: str = ""
+    control_source: str = ""
     prompt: str = PROMPT
     negative: str = NEGATIVE
     side: int = 1024
@@ -123,6 +127,10 @@ MODELS = [
         sampling={"steps": 28, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform", "denoise": 1.0},
         edit_file="sd35_medium_edit.safetensors",
         shift=3.0,
+        lora="sd35_medium_lora.safetensors",
+        control="sd35_medium_controlnet_canny.safetensors",
+        control_source=f"{CONTROLNET_RELEASE}/diffusion_pytorch_model.safetensors",
+        kinds=("", "_edit", "_ab", "_calibrate", "_benchmark", "_lora_controlnet_slg"),
     ),
     small_model("pixart_sigma", "PixArt-Σ", "EmptyLatentImage", "dpmpp_2m", "sgm_uniform"),
     small_model("sd35_medium", "Stable Diffusion 3.5-Medium", "EmptySD3LatentImage", "euler", "normal"),
@@ -134,6 +142,7 @@ KINDS = {
     "_ab": "A/B: base beside EDiT",
     "_calibrate": "calibrate, report, apply, save",
     "_benchmark": "benchmark",
+    "_lora_controlnet_slg": "EDiT with LoRA, ControlNet and SkipLayerGuidance",
 }
 
 
@@ -178,6 +187,20 @@ def applied_of(model: tuple[Node, int], weights: tuple[Node, int], layers: Any =
     )  # fmt: skip
 
 
+def control_of(model: Model, positive: Node, negative: Node, vae: Node) -> list[Node]:
+    """A ControlNet on the edges of the picture that ComfyUI comes with; the last but one node has the conditionings."""
+    loader = Node("ControlNetLoader", "Load ControlNet", {"control_net_name": model.control}, (340, 60))
+    image = Node("LoadImage", "Picture to take edges from", {"image": "example.png"}, (340, 314))
+    edges = Node("Canny", "Edges", {"image": image[0], "low_threshold": 0.1, "high_threshold": 0.3}, (340, 82))
+    applied = Node(
+        "ControlNetApplyAdvanced", "Apply ControlNet",
+        {"positive": positive[0], "negative": negative[0], "control_net": loader[0], "image": edges[0],
+         "strength": 0.8, "start_percent": 0.0, "end_percent": 1.0, "vae": vae[0]}, (340, 186),
+    )  # fmt: skip
+    shown = Node("PreviewImage", "The edges", {"images": edges[0]}, (340, 246))
+    return [loader, image, edges, applied, shown]
+
+
 def numbered(groups: list[Group]) -> list[Group]:
     """The same groups, once their nodes have their numbers."""
     nodes = [node for group in groups for _, column in group.columns for node in column]
@@ -211,7 +234,7 @@ def groups_of(model: Model, kind: str) -> list[Group]:
     """The workflow's nodes, in the groups and columns in which they are drawn."""
     if kind == "_benchmark":
         return benchmark_of(model)
-    edit, both, calibrate = kind != "", kind == "_ab", kind == "_calibrate"
+    edit, both, calibrate, guided = kind != "", kind == "_ab", kind == "_calibrate", kind == "_lora_controlnet_slg"
     base = base_of(model)
     text = Node(
         model.text_loader, "Load text encoders", model.text_inputs, (340, 120),
@@ -232,6 +255,8 @@ def groups_of(model: Model, kind: str) -> list[Group]:
         patches.append(base_trunk)
     variants = {"": base_trunk}
     reported = []
+    control = control_of(model, positive, negative, vae) if guided else []
+    guides = (control[3][0], control[3][1]) if guided else (positive[0], negative[0])
     if calibrate:
         init = init_of(base_trunk[0])
         weights = Node(
@@ -247,7 +272,7 @@ def groups_of(model: Model, kind: str) -> list[Group]:
         report = Node(
             "EDiTLayerReport", "Layer report",
             {"model": base_trunk[0], "edit_weights": weights[0], "conditioning": positive[0], "latent": latent[0],
-             "threshold": 0.5}, (400, 360),
+             "threshold": 0.25}, (400, 360),
         )  # fmt: skip
         layers = Node("PreviewAny", "Suggested layers", {"source": report[1]}, (400, 90))
         applied = applied_of(base_trunk[0], weights[0], report[1])
@@ -259,6 +284,20 @@ def groups_of(model: Model, kind: str) -> list[Group]:
         applied = applied_of(base_trunk[0], weights[0])
         patches += [weights, applied]
         variants = {"_base": base_trunk, "_edit": applied} if both else {"_edit": applied}
+        if guided:
+            lora = Node(
+                "LoraLoaderModelOnly", "Load LoRA",
+                {"lora_name": model.lora, "strength_model": 1.0, "model": base_trunk[0]}, (340, 82),
+            )  # fmt: skip
+            applied.inputs["model"] = lora[0]
+            skip = Node(
+                "SkipLayerGuidanceSD3", "SkipLayerGuidance",
+                # As Stability AI recommends for this model.
+                {"layers": "7, 8, 9", "scale": 2.5, "start_percent": 0.01, "end_percent": 0.2, "model": applied[0]},
+                (340, 154),
+            )  # fmt: skip
+            patches = [base_trunk, lora, weights, applied, skip]
+            variants = {kind: skip}
     settings = [positive, negative, latent]
     seed: Any = SEED
     if both:
@@ -269,16 +308,19 @@ def groups_of(model: Model, kind: str) -> list[Group]:
         Group("1 · Models", BLUE, [(340, loaders)]),
         Group("2 · Prompt, size and seed" if both else "2 · Prompt and size", BLUE, [(400, settings)]),
     ]
+    if control:
+        groups.append(Group("3 · ControlNet", BLUE, [(340, control[:3]), (340, control[3:])]))
     if patches:
-        title = "3 · Calibrate" if calibrate else "3 · Linear attention" if edit else "3 · Sampling"
-        groups.append(Group(title, GREEN if edit else BLUE, [(340, patches)]))
+        titles = {"": "Sampling", "_calibrate": "Calibrate", "_lora_controlnet_slg": "LoRA, EDiT, guidance"}
+        title = titles.get(kind, "Linear attention")
+        groups.append(Group(f"{len(groups) + 1} · {title}", GREEN if edit else BLUE, [(340, patches)]))
     if reported:
         groups.append(Group("4 · Report and apply", GREEN, [(400, reported)]))
     decoded = []
     for suffix, source in variants.items():
         sampler = Node(
             "KSampler", f"Sample{' base' if suffix == '_base' else ' EDiT' if suffix else ''}",
-            {"seed": seed, **model.sampling, "model": source[0], "positive": positive[0], "negative": negative[0],
+            {"seed": seed, **model.sampling, "model": source[0], "positive": guides[0], "negative": guides[1],
              "latent_image": latent[0]}, (315, 262), after_generate="fixed" if both else "randomize",
         )  # fmt: skip
         decode = Node("VAEDecode", "Decode", {"samples": sampler[0], "vae": vae[0]}, (315, 46))
@@ -314,7 +356,14 @@ def note_of(model: Model, kind: str) -> str:
     if kind != "_benchmark":
         text += ["**models/text_encoders**", "", *(line(n, u) for n, u in model.text_files.items()), ""]
         text += ["**models/vae**", "", line(model.vae, model.vae_source), ""]
-    if kind in ("_edit", "_ab"):
+    if kind == "_lora_controlnet_slg":
+        text += [
+            "**models/loras**", "",
+            f"- `{model.lora}` stands for a LoRA of your own: put any that was made for SD3.5 Medium there, and choose "
+            "it in *Load LoRA*", "",
+            "**models/controlnet**", "", line(model.control, model.control_source), "",
+        ]  # fmt: skip
+    if kind in ("_edit", "_ab", "_lora_controlnet_slg"):
         text += ["**models/edit**", "", f"- `{model.edit_file}` (see below)", ""]
     text += [
         "*EDiT: Load Model* also finds files in models/checkpoints. After adding files, press **R**."
@@ -342,6 +391,8 @@ def note_of(model: Model, kind: str) -> str:
     ]  # fmt: skip
     if kind == "_ab":
         text += ["", *TWO_PICTURES]
+    elif kind == "_lora_controlnet_slg":
+        text += ["", *GUIDED]
     else:
         text += ["", "To switch EDiT off, bypass *Apply EDiT* (Ctrl+B): that gives the base model's own picture."]
     return "\n".join(text)
@@ -417,6 +468,16 @@ TWO_PICTURES = [
     "Both samplers get the same seed, prompt and settings; the attention is all that differs. "
     "The base picture is the same as without EDiT in the graph. *Compare* shows both, and how alike they are. Both may "
     "draw a detail well and yet differently, so low figures alone do not mean a bad picture.",
+]  # fmt: skip
+
+GUIDED = [
+    "### LoRA, ControlNet and SkipLayerGuidance", "",
+    "All three are ComfyUI's own nodes, and EDiT changes nothing about them. A LoRA may be loaded before or after "
+    "*Apply EDiT*; the ControlNet adds to what the blocks give, linear or not; SkipLayerGuidance skips blocks, linear "
+    "or not. To do without one of them, bypass its node (Ctrl+B), or set its strength or scale to 0.", "",
+    "*Picture to take edges from* starts with the picture that ComfyUI comes with (`input/example.png`); choose one of "
+    "your own. ControlNets for SD3.5 Large do not fit SD3.5 Medium.", "",
+    "To switch EDiT off, bypass *Apply EDiT*: the rest stays as it is.",
 ]  # fmt: skip
 
 WHAT = {

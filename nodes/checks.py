@@ -1,0 +1,41 @@
+"""What a widget may hold, checked by us where ComfyUI does not.
+
+ComfyUI leaves whatever `validate_inputs` names to us, does not look at linked values, and in 0.3 not at lists either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..edit_core import EDiTError
+from ..edit_core.errors import quoted
+
+__all__ = ["check_values", "refusal"]
+
+
+def check_values(node: type[io.ComfyNode], **values: Any) -> None:
+    """Compares values with what the node's schema allows; None is one that is not known yet.
+
+    Raises:
+        EDiTError: a number is outside its range, or a choice is not in its list.
+    """
+    for socket in node.define_schema().inputs:
+        value = values.get(socket.id)
+        if value is None:
+            continue
+        if isinstance(socket, io.Combo.Input) and value not in socket.options:
+            raise EDiTError(f"{socket.id}: {quoted(str(value))} is not one of {', '.join(map(str, socket.options))}")
+        if isinstance(socket, io.Int.Input | io.Float.Input) and not socket.min <= value <= socket.max:
+            raise EDiTError(f"{socket.id}: {value} is not between {socket.min} and {socket.max}")
+
+
+def refusal(check: Callable[[], object]) -> bool | str:
+    """For `validate_inputs`: True, or the sentence with which a check fails."""
+    try:
+        check()
+    except EDiTError as error:
+        return str(error)
+    return True
