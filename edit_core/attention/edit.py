@@ -53,8 +53,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 def one_plus_elu(tokens: Tensor) -> Tensor:
     """`1 + ELU(x)`: `exp(x)` below zero, `1 + x` above; LinFusion's features.
 
-    Written so that half precision keeps what is small: `ELU(x) + 1` would round it against 1.
+    Written so that half precision keeps what is small: `ELU(x) + 1` would round it against 1. Float32 for float16,
+    which would lose what is under 6e-8, and with it rows that have nothing larger.
     """
+    tokens = tokens.to(torch.float32 if tokens.dtype == torch.float16 else tokens.dtype)
     return (tokens.clamp(max=0).exp() + F.relu(tokens)).to(tokens.dtype)
 
 
@@ -219,7 +221,7 @@ class HybridAttention(EDiTAttention):
         q, k, v = image
         q_lin, k_lin = self.rectified(q), self.rectified(k)
         if self.config.softmax_features == "post":
-            q, k = q_lin, k_lin
+            q, k = q_lin.to(q.dtype), k_lin.to(k.dtype)
         q_heads, k_heads, v_heads = (split_heads(t, heads) for t in (q_lin, k_lin, v))  # (B, h, N or M, d)
         y_lin, z_lin = linear_attention_with_normaliser(q_heads, k_heads, v_heads, self.config.eps)
         if self.config.normaliser == "token_ratio":
