@@ -175,6 +175,24 @@ class EDiTLoadWeights(io.ComfyNode):
         return io.NodeOutput(load_weights(edit_name))
 
 
+def save_numbered(weights: EDiTWeights, stem: str, number: int) -> str:
+    """Saves under the first free number from `number` on, whoever else saves at the same time; gives the path.
+
+    Raises:
+        EDiTError: the disk is full, or the name or the folder cannot be written.
+    """
+    while True:
+        path = f"{stem}_{number:05}_.safetensors"
+        try:
+            weights.save(path, replace=False)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise EDiTError(f"{path} cannot be written ({error.strerror or error})") from None
+        else:
+            return path
+
+
 class EDiTSaveWeights(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -202,8 +220,7 @@ class EDiTSaveWeights(io.ComfyNode):
             folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
         except Exception as error:  # ComfyUI raises a bare Exception for a prefix that leaves the folder
             raise EDiTError(f"filename_prefix {filename_prefix!r} cannot be used: {error}") from None
-        path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
-        edit_weights.save(path)
+        path = save_numbered(edit_weights, os.path.join(folder, name), counter)
         saved = os.path.relpath(path, root)
         logger.info("EDiT: saved %s", path)
         return io.NodeOutput(ui=ui.PreviewText(f"models/{FOLDER}/{saved}"))
