@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 NOT_SLOW := -m 'not slow'
 
-.PHONY: demo test test-all lint types bench bench-training world screens kills clean
+.PHONY: demo test test-all lint types bench bench-training world screens kills faults fuzz lock clean
 
 demo: $(READY)
 	$(BIN)/python -m edit_core demo
@@ -55,6 +55,22 @@ screens: $(READY)
 # Twenty kills of a training of each backbone at random moments; `make test` has two.
 kills: $(READY)
 	EDIT_TEST_KILLS=20 $(BIN)/python -m pytest -c tests/pytest.ini tests/test_distill.py -k random_moments
+
+# What docs/reliability.md tells of faults, numbers and broken files; half an hour on two cores.
+faults: $(READY)
+	EDIT_TEST_KILLS=20 $(BIN)/python tests/tools/reliability.py faults
+	$(BIN)/python tests/tools/reliability.py numbers
+	$(BIN)/python tests/tools/reliability.py hostile
+
+# So many mutated files, for docs/reliability.md; ten minutes on two cores.
+FUZZ_COUNT ?= 200000
+fuzz: $(READY)
+	$(BIN)/python tests/tools/reliability.py fuzz $(FUZZ_COUNT)
+
+# One complete set of versions with digests, for Linux, macOS and Windows.
+lock: $(READY)
+	$(BIN)/uv pip compile pyproject.toml --quiet --extra dev --constraint constraints.txt --python-version 3.10 \
+		--universal --generate-hashes --no-header --no-annotate --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) out

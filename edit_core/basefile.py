@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .backbones import Base, identify
-from .errors import EDiTModelError
+from .errors import EDiTModelError, said
 
 __all__ = ["BaseFile"]
 
@@ -38,7 +38,7 @@ class BaseFile:
                         self.shapes[key], self.dtypes[key] = tuple(entry.get_shape()), entry.get_dtype()
                         self._files[key] = file
             except SafetensorError as error:
-                raise EDiTModelError(f"{file.name} is not a complete safetensors file ({error})") from None
+                raise EDiTModelError(f"{file.name} is not a complete safetensors file ({said(error)})") from None
             except OSError as error:
                 raise EDiTModelError(f"{file} cannot be read ({error})") from None
 
@@ -60,9 +60,10 @@ class BaseFile:
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
     for folder in (path / "transformer", path):
-        if found := sorted(folder.glob("*.safetensors")):
+        # Not a glob alone: of a name that is too long, or a folder that may not be read, it makes an error of its own.
+        if os.path.isdir(folder) and (found := sorted(folder.glob("*.safetensors"))):
             return found
     raise EDiTModelError(f"{path}: there is no such file, nor a diffusers folder with .safetensors files in it")

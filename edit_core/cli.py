@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EDiTError as error:
         print(f"edit_core: {error}", file=sys.stderr)
         return 1 if isinstance(error, EDiTResultError) else 2
+    except OSError as error:  # a full disk, a folder that may not be written, a file that has come meanwhile
+        print(f"edit_core: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("edit_core: stopped", file=sys.stderr)
         return 130

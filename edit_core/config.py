@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .errors import EDiTConfigError
+from .errors import EDiTConfigError, shown
 
 __all__ = ["CHOICES", "DEFAULT", "PRESETS", "EDiTConfig"]
 
@@ -42,6 +41,8 @@ DEFAULT = "local"
 """The preset of new students: what docs/world.md found nearest to its teachers at the paper's cost.
 
 The fields' defaults are the paper's: what a file means that leaves them out."""
+
+_LEAST_EPS = 1e-30  # its reciprocal has to fit into float32 and bfloat16: a row without a feature is 0 · 1/eps
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,15 @@ class EDiTConfig:
         for name, low, high in (("compression", 1, 64), ("kv_stride", 1, 4), ("groups", 1, 1024)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                raise EDiTConfigError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+                raise EDiTConfigError(f"{name} must be a whole number from {low} to {high}, not {value!r:.80}")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise EDiTConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+                raise EDiTConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r:.80}")
         if type(self.local) is not bool:
-            raise EDiTConfigError(f"local must be true or false, not {self.local!r}")
-        if type(self.eps) not in (int, float) or not math.isfinite(self.eps) or not 0 < self.eps < 1:
-            raise EDiTConfigError(f"eps must be a number between 0 and 1, not {self.eps!r}")
+            raise EDiTConfigError(f"local must be true or false, not {self.local!r:.80}")
+        if type(self.eps) not in (int, float) or not _LEAST_EPS <= self.eps < 1:
+            raise EDiTConfigError(f"eps must be a number from {_LEAST_EPS:g} and under 1, not {self.eps!r:.80}")
         if self.kernel == "softmax" and self.key != "compressor":
             raise EDiTConfigError(
                 f"kernel=softmax needs key=compressor, not {self.key}: over all keys it costs what the teacher's does"
@@ -164,11 +165,11 @@ class EDiTConfig:
         """
         try:
             fields: Any = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python reads
             raise EDiTConfigError(f"config is not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise EDiTConfigError(f"config must be a JSON object, not {type(fields).__name__}")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
-            raise EDiTConfigError(f"config has fields unknown to this version: {', '.join(unknown)}")
+            raise EDiTConfigError(f"config has fields unknown to this version: {shown(unknown)}")
         return cls(**fields)

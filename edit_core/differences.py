@@ -161,7 +161,7 @@ def check_differences(shapes: Mapping[str, tuple[int, ...]], known: Container[st
         for part, shape in expected.items():
             if parts[part] != shape:
                 raise EDiTWeightsError(
-                    f"{source}: {PREFIX}{path}.{part} is {'x'.join(map(str, parts[part])) or 'a scalar'}, but a "
+                    f"{source}: {PREFIX}{path}.{part} is {'x'.join(map(str, parts[part][:8])) or 'a scalar'}, but a "
                     f"difference for {dim} channels is {'x'.join(map(str, shape))}"
                 )
             names.append(f"{PREFIX}{path}.{part}")

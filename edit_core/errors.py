@@ -1,6 +1,17 @@
 """Errors that a user can cause and mend: each message is one sentence that says what was found and what to do."""
 
-__all__ = ["EDiTConfigError", "EDiTError", "EDiTModelError", "EDiTResultError", "EDiTWeightsError", "quoted"]
+from collections.abc import Iterable
+
+__all__ = [
+    "EDiTConfigError",
+    "EDiTError",
+    "EDiTModelError",
+    "EDiTResultError",
+    "EDiTWeightsError",
+    "quoted",
+    "said",
+    "shown",
+]
 
 _SHOWN = 60  # characters
 
@@ -28,3 +39,18 @@ class EDiTResultError(EDiTError):
 
 class EDiTWeightsError(EDiTError):
     """An EDiT weights file is unreadable, incomplete, or made for another base."""
+
+
+def said(error: BaseException | str) -> str:
+    """What another library's error says, in one line, without what a file may have put into it."""
+    text = " ".join(str(error).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:300]) + (
+        "..." if len(text) > 300 else ""
+    )
+
+
+def shown(names: Iterable[str], most: int = 5) -> str:
+    """Names out of a file, for a sentence: a few, each of one short line, whatever they hold."""
+    chosen = list(names)
+    parts = [name if name.isprintable() and len(name) <= 120 else f"{name[:120]!r}" for name in chosen[:most]]
+    return ", ".join(parts) + (", ..." if len(chosen) > most else "")

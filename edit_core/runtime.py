@@ -30,7 +30,10 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise EDiTError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        usable = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        raise EDiTError(
+            f"device {name} cannot be used here: {str(error).splitlines()[0]}; choose {' or '.join(usable)}"
+        ) from None
     return device
 
 

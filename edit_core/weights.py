@@ -29,7 +29,7 @@ from .differences import (
     modules_of,
     width_of,
 )
-from .errors import EDiTConfigError, EDiTError, EDiTWeightsError
+from .errors import EDiTError, EDiTWeightsError, said, shown
 from .files import write_file
 from .layers import format_layers, parse_layers
 
@@ -49,6 +49,7 @@ _NAME = re.compile(r"(\d{1,6})\.(self|joint)\.(.+)")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored in, by safetensors' names."""
 _MOST_CHANNELS = 65536
+_MOST_HEADER = 1 << 22  # bytes; those of the real models' students are under a tenth of it
 _SAMPLES = 8  # bias values per block in a base's fingerprint
 _SAME_BASE = 0.5  # relative distance of fingerprints; unrelated bases are near 1.4, an fp8 copy is under 0.2
 
@@ -63,8 +64,7 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"blocks {format_layers(self.blocks)}"]
         if self.unexpected:
-            shown = ", ".join(self.unexpected[:5]) + (", ..." if len(self.unexpected) > 5 else "")
-            lines.append(f"{len(self.unexpected)} unexpected tensors ignored: {shown}")
+            lines.append(f"{len(self.unexpected)} unexpected tensors ignored: {shown(self.unexpected)}")
         return "; ".join(lines)
 
 
@@ -263,10 +263,19 @@ class EDiTWeights:
             "training": json.dumps(self.training),
         }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one `.safetensors` file; an existing file is replaced only once the new one is complete."""
+    def save(self, path: str | os.PathLike[str], replace: bool = True) -> None:
+        """Writes one `.safetensors` file; an existing file is replaced only once the new one is complete.
+
+        Args:
+            path: the file; its folder must be there.
+            replace: False keeps an existing file.
+
+        Raises:
+            FileExistsError: there is one, and it is not to be replaced.
+            OSError: the disk is full, or the folder cannot be written; nothing is left behind then.
+        """
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        write_file(Path(path), save(tensors, self.metadata()))
+        write_file(Path(path), save(tensors, self.metadata()), replace)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EDiTWeights:
@@ -305,9 +314,11 @@ class EDiTWeights:
         cls, path: Path, metadata: Mapping[str, str] | None = None, prefix: str = ""
     ) -> tuple[EDiTWeights, tuple[str, ...]]:
         """The weights, and the names that are none of theirs."""
-        if not path.is_file():
+        # Not Path.is_file: of a name that is too long, or a folder that may not be read, it makes an error of its own.
+        if not os.path.isfile(path):  # a device or a pipe would be waited for
             raise EDiTWeightsError(f"{path}: there is no such file")
         try:
+            _check_header(path)
             with safe_open(path, framework="pt", device="cpu") as file:
                 if metadata is None:
                     metadata = file.metadata() or {}
@@ -318,7 +329,7 @@ class EDiTWeights:
                 expected = weights.tensors
                 weights.tensors = {name: file.get_tensor(prefix + name) for name in names if name in expected}
         except SafetensorError as error:
-            raise EDiTWeightsError(f"{path}: not a complete safetensors file ({error})") from None
+            raise EDiTWeightsError(f"{path}: not a complete safetensors file ({said(error)})") from None
         except OSError as error:
             raise EDiTWeightsError(f"{path}: cannot be read ({error})") from None
         return weights, tuple(name for name in names if name not in weights.tensors)
@@ -330,28 +341,36 @@ class EDiTWeights:
         """Weights with `meta` tensors, all checked against what the config makes of them."""
         if metadata.get("format") != FORMAT:
             raise EDiTWeightsError(
-                f"{path}: not an EDiT weights file (its metadata says format={metadata.get('format')!r}, not 'edit')"
+                f"{path}: not an EDiT weights file (its metadata says format={metadata.get('format')!r:.80}, "
+                "not 'edit')"
             )
         if metadata.get("format_version") != FORMAT_VERSION:
             raise EDiTWeightsError(
-                f"{path}: format_version {metadata.get('format_version')!r} is unknown; this version reads "
+                f"{path}: format_version {metadata.get('format_version')!r:.80} is unknown; this version reads "
                 f"{FORMAT_VERSION!r}, so update EDiT or convert the file"
             )
         if metadata.get("backbone") not in BACKBONES:
             raise EDiTWeightsError(
-                f"{path}: backbone {metadata.get('backbone')!r} is unknown; known are {', '.join(BACKBONES)}"
+                f"{path}: backbone {metadata.get('backbone')!r:.80} is unknown; known are {', '.join(BACKBONES)}"
             )
         try:
             config = EDiTConfig.from_json(metadata.get("config", ""))
             training = json.loads(metadata.get("training", "{}"))
-        except (EDiTConfigError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # EDiTConfigError among them, and numbers of too many digits
             raise EDiTWeightsError(f"{path}: its metadata is damaged: {error}") from None
         shapes = {name: shape for name, (shape, _) in header.items()}
         found = _sites(shapes, metadata["backbone"], config)
         dim = _width(shapes, metadata["backbone"], config, str(path))
         if not 1 <= dim <= _MOST_CHANNELS:
             raise EDiTWeightsError(f"{path}: its tensors are for {dim} channels, not for 1 to {_MOST_CHANNELS}")
-        expected = build_sides(dim, found, config, device=torch.device("meta")).state_dict()
+        # One of each site, not of each block, of which a file's names may pretend any number.
+        meta = {site: SITES[site](dim, config, device=torch.device("meta")).state_dict() for site in SITES}
+        expected = {
+            f"{block}.{site}.{name}": tensor
+            for block, names in found.items()
+            for site in names
+            for name, tensor in meta[site].items()
+        }
         if missing := sorted(set(expected) - set(header)):
             raise EDiTWeightsError(f"{path}: {len(missing)} tensors are missing, {missing[0]} among them")
         for name, tensor in expected.items():
@@ -367,6 +386,21 @@ class EDiTWeights:
         if not isinstance(training, dict):
             raise EDiTWeightsError(f"{path}: its metadata is damaged: training is not a JSON object")
         return cls(metadata["backbone"], config, expected, metadata.get("base_hash", ""), training)
+
+
+def _check_header(path: Path) -> None:
+    """Refuses names and metadata by the megabyte before they are parsed.
+
+    Raises:
+        EDiTWeightsError: as it says.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if _MOST_HEADER < size < os.path.getsize(path):  # a size beyond the file is not one: it is no safetensors file
+        raise EDiTWeightsError(
+            f"{path}: its header has {size} bytes, but that of EDiT weights has {_MOST_HEADER} at most"
+        )
 
 
 def holds_weights(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -416,7 +450,8 @@ def _paths(backbone: str, sites: Mapping[int, Iterable[str]], blocks: Iterable[i
 
 
 def _by(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"
+    sizes = [*map(str, shape)]
+    return "x".join(sizes[:8] + ["..."] * (len(sizes) > 8)) or "a scalar"
 
 
 def _initial(name: str, shape: tuple[int, ...], config: EDiTConfig, generator: torch.Generator) -> Tensor:

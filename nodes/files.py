@@ -233,6 +233,18 @@ def check_prefix(prefix: str) -> None:
     raise EDiTError(f"filename_prefix {quoted(prefix)} {problem}; write a name such as edit, or folder/edit")
 
 
+def save_numbered(weights: EDiTWeights, stem: str, number: int) -> str:
+    """Saves under the first free number from `number` on, whoever else saves at the same time; gives the path."""
+    while True:
+        path = f"{stem}_{number:05}_.safetensors"
+        try:
+            weights.save(path, replace=False)
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
 class EDiTSaveWeights(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -263,8 +275,7 @@ class EDiTSaveWeights(io.ComfyNode):
         root = folder_paths.get_folder_paths(FOLDER)[0]
         try:
             folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
-            path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
-            edit_weights.save(path)
+            path = save_numbered(edit_weights, os.path.join(folder, name), counter)
         except OSError as error:  # a name that is too long, a file where a folder should be, a full disk
             detail = error.strerror or error
             raise EDiTError(f"filename_prefix {quoted(filename_prefix)}: cannot be written ({detail})") from None

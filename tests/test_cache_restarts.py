@@ -45,7 +45,12 @@ def wait_for(condition: Any, process: Any, seconds: float = 40) -> None:
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_samples(
-    children: Any, folders: dict[str, Path], encoders: dict[str, PipelineEncoder], images: Path, tmp_path: Path
+    children: Any,
+    folders: dict[str, Path],
+    encoders: dict[str, PipelineEncoder],
+    images: Path,
+    tmp_path: Path,
+    record_property: Any,
 ) -> None:
     settings = {"resolutions": [64, 128], "shard_size": 2, **STEP}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -70,6 +75,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_samples(
         with pytest.raises(EDiTError, match="not finished; run the same"):
             CachedLatents(killed, 64)
     assert len(shards) >= 3
+    record_property("kills of a cache at random", len(shards))
     assert shards == sorted(shards)
     report = build_cache(FolderSource(images), encoders["pixart_sigma"], killed, **settings)
     assert report == CacheReport(24, {"64": 21, "128": 18}, {"64": 3, "128": 6}, complete=True)
@@ -82,7 +88,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_samples(
     assert [keys[0](i) for i in plans[0].batch(3)] == [keys[1](i) for i in plans[1].batch(3)]
 
 
-def test_dead_at_every_single_rename_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_at_every_single_rename_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
     class Dead(BaseException):
         pass
 
@@ -116,6 +124,23 @@ def test_dead_at_every_single_rename_it_goes_on(tmp_path: Path, monkeypatch: pyt
         assert_same(contents(folder, [64]), expected)
         assert not list(folder.glob("*/*/*.part"))
     assert after > 15
+    record_property("deaths at renames of a cache", after)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FolderSource(draw(tmp_path / "i", SIZES))
+    build_cache(source, PoolEncoder(), tmp_path / "whole", [64], shard_size=2, **STEP)
+    seconds, calls = time.time, [0]
+
+    def jumping() -> float:
+        calls[0] += 1
+        return seconds() + (-1) ** calls[0] * 4e7
+
+    monkeypatch.setattr(time, "time", jumping)
+    monkeypatch.setattr(time, "time_ns", lambda: int(jumping() * 1e9))
+    build_cache(source, PoolEncoder(), tmp_path / "jumped", [64], shard_size=2, **STEP)
+    build_cache(source, PoolEncoder(), tmp_path / "jumped", [64], shard_size=2, **STEP)
+    assert_same(contents(tmp_path / "jumped", [64]), contents(tmp_path / "whole", [64]))
 
 
 def test_ctrl_c_keeps_what_is_encoded(

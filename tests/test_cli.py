@@ -98,7 +98,7 @@ def test_mistakes_are_one_line_with_status_two(base: Path, tmp_path: Path, capsy
         (("bench", "--level", "transformer", "--blocks", "99"), "1 to 28 blocks"),
         (("bench", "--repeats", "0"), "at least 1"),
         (("bench", "--device", "cuda:77"), "cannot be used here"),
-        (("bench", "--device", "abacus"), "cannot be used here"),
+        (("bench", "--device", "abacus"), "; choose cpu"),
         (("bench", "--level", "transformer", "--blocks", "1", "--sizes", "64", "--layers", "3-"), "is not a block"),
         (("demo", "--size", "1000"), "multiples of 16"),
         (("demo", "--steps", "0"), "at least 1"),

@@ -124,7 +124,7 @@ def write_yaml(config: RunConfig, path: Path) -> Path:
 
 @pytest.mark.parametrize("backbone", models.BACKBONES)
 def test_kills_at_random_moments_lose_nothing_but_steps_since_the_last_checkpoint(
-    backbone: str, prepared: Any, tmp_path: Path
+    backbone: str, prepared: Any, tmp_path: Path, record_property: Any
 ) -> None:
     stages = ({**TRANSFER, "steps": 12}, {**DISTILL, "steps": 12})
     straight = Engine(training.config(prepared(backbone), tmp_path / "straight", *stages)).run()
@@ -151,6 +151,7 @@ def test_kills_at_random_moments_lose_nothing_but_steps_since_the_last_checkpoin
         assert json.loads(out)["steps"] == 24
         break
     assert kills == limit
+    record_property(f"kills of a training at random, {backbone}", kills)
     assert equal(straight, config.output / "student.safetensors")
 
 

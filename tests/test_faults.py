@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ START, CHECKPOINT = 4, 14
 
 
 def test_killed_before_every_file_operation_it_goes_on_as_if_never_stopped(
-    prepared: Any, straight: Callable[[str], Path], forks: faults.Forks, tmp_path: Path
+    prepared: Any, straight: Callable[[str], Path], forks: faults.Forks, tmp_path: Path, record_property: Any
 ) -> None:
     output, log = tmp_path / "run", tmp_path / "log"
     words = [*command(prepared("pixart_sigma"), output, tmp_path / "run.yaml"), "--resume", "latest"]
@@ -87,6 +88,7 @@ def test_killed_before_every_file_operation_it_goes_on_as_if_never_stopped(
         assert kills < 100
     assert outcome.status == 0, outcome.said
     assert kills >= 2 * (START + CHECKPOINT)
+    record_property("kills at file operations of a training", kills)
     assert died[0] == died[1] == set(faults.OPERATIONS), "not every operation of both stages was met"
     assert "replace" in died[2], "the student was never about to be renamed"
     assert_same_student(output, straight("pixart_sigma"))
@@ -116,7 +118,7 @@ def check_curves(output: Path, straight: Path) -> None:
 
 
 def test_what_kills_leave_of_checkpoints_is_cleared_up_by_the_next_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
 ) -> None:
     class Dead(BaseException):
         pass
@@ -151,6 +153,7 @@ def test_what_kills_leave_of_checkpoints_is_cleared_up_by_the_next_one(
         if not died:
             break
     assert after >= CHECKPOINT
+    record_property("deaths at file operations of a checkpoint", after)
 
 
 def test_a_record_that_was_cut_off_is_written_anew(
@@ -188,6 +191,32 @@ def test_a_signal_while_a_checkpoint_is_written_loses_nothing(
     newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None and int(newest.name) == at
     assert (tmp_path / "run" / "student.safetensors").exists() is (at == 10)
+
+
+@pytest.mark.parametrize("days", [-400, 400], ids=["back", "forth"])
+def test_a_clock_that_jumps_changes_neither_curves_nor_weights(
+    days: int, prepared: Any, straight: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = command(prepared("pixart_sigma"), tmp_path / "run", tmp_path / "run.yaml")
+    update, seconds, calls = Engine._update, time.time, [0]
+
+    def jumping() -> float:
+        calls[0] += 1
+        return seconds() + days * 86400 * (calls[0] % 3)
+
+    def stopping(engine: Engine, *arguments: Any) -> bool:
+        engine.stopping = engine.total == 4
+        return update(engine, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_update", stopping)
+        assert main(words) == 0
+    monkeypatch.setattr(time, "time", jumping)
+    monkeypatch.setattr(time, "time_ns", lambda: int(jumping() * 1e9))
+    assert main([*words, "--resume", "latest"]) == 0
+    assert calls[0] > 10
+    assert_same_student(tmp_path / "run", straight("pixart_sigma"))
+    check_curves(tmp_path / "run", straight("pixart_sigma"))
 
 
 # --- full disks -------------------------------------------------------------------------------------------------------

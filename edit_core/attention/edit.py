@@ -51,8 +51,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 def one_plus_elu(tokens: Tensor) -> Tensor:
     """`1 + ELU(x)`: `exp(x)` below zero, `1 + x` above; LinFusion's features.
 
-    Written so that half precision keeps what is small: `ELU(x) + 1` would round it against 1.
+    Written so that half precision keeps what is small: `ELU(x) + 1` would round it against 1. Float32 for float16,
+    which would lose what is under 6e-8, and with it rows that have nothing larger.
     """
+    tokens = tokens.to(torch.float32 if tokens.dtype == torch.float16 else tokens.dtype)
     return (tokens.clamp(max=0).exp() + F.relu(tokens)).to(tokens.dtype)
 
 
@@ -138,8 +140,8 @@ class EDiTAttention(nn.Module):
         """Non-negative features of queries or keys, `(B, N, C)`."""
         return KERNELS[self.config.kernel](tokens)
 
-    def _rectified(self, rows: Rows, part: slice) -> Tensor:
-        return self.rectified(rows(part))
+    def _rectified(self, rows: Rows, dtype: torch.dtype, part: slice) -> Tensor:
+        return self.rectified(rows(part)).to(dtype)
 
     def _local(self, v: Tensor, grid: Grid) -> Tensor | None:
         """What a depthwise convolution gathers of the values around each token, if the config asks: `(B, N, C)`."""
@@ -260,7 +262,7 @@ class HybridAttention(EDiTAttention):
         post, eps = self.config.softmax_features == "post", self.config.eps
         y_prompt = None
         if prompt_rows:  # nothing else needs all the image's keys at once
-            seen = partial(self._rectified, keys) if post else keys
+            seen = partial(self._rectified, keys, v.dtype) if post else keys
             k = joined(seen, v, prompt.k)  # (B, N+P or M+P, C)
             if not post:
                 keys = partial(_part, k[:, : v.shape[1]])
@@ -273,7 +275,7 @@ class HybridAttention(EDiTAttention):
             q_lin = self.rectified(q)
             y_lin, z_lin = read(split_heads(q_lin, heads), of_keys, eps, dtype)
             if post:
-                q = q_lin
+                q = q_lin.to(q.dtype)
             if self.config.normaliser == "exact":
                 return merge_heads(_exact_share(y_lin, z_lin, q, prompt, heads))  # (B, n, C)
             return merge_heads(y_lin).lerp_(softmax(q, prompt.k, prompt.v, heads), 1 - share)  # (B, n, C)

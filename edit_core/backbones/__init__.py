@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..errors import EDiTModelError
+from ..errors import EDiTModelError, shown
 from .base import Backbone, Base, BaseLinear, HostCall, Shapes
 
 __all__ = ["BACKBONES", "Backbone", "Base", "BaseLinear", "HostCall", "Shapes", "identify", "identify_module"]
@@ -75,9 +75,19 @@ def identify(shapes: Shapes, source: str) -> Base:
             base = backbone.match(own)
             # The first four relatives have all tensors of PixArt-Σ, and some more.
             if base is not None and foreign not in [name for _, name in _FOREIGN[:4]]:
+                _check_width(base, own, source)
                 return replace(base, prefix=prefix)
     titles = " and ".join(backbone.title for backbone in BACKBONES.values())
     raise EDiTModelError(f"{source} is {foreign}; EDiT works on {titles}")
+
+
+def _check_width(base: Base, shapes: Shapes, source: str) -> None:
+    """What the rest relies on: every block's output projection has a bias of the base's channels."""
+    for block in range(base.depth):
+        key = base.backbone.output_bias(base, block)
+        if not base.dim or shapes[key] != (base.dim,):
+            found = "x".join(map(str, shapes[key][:8])) or "a scalar"
+            raise EDiTModelError(f"{source} is damaged: its {key} is {found}, not one number per channel")
 
 
 def identify_module(module: nn.Module) -> Base:
@@ -91,5 +101,4 @@ def _foreign(keys: Iterable[str]) -> str:
     for part, name in _FOREIGN:
         if any(part in key for key in names):
             return name
-    shown = ", ".join(sorted(names)[:3]) or "no tensors at all"
-    return f"of an unknown kind (it holds {shown})"
+    return f"of an unknown kind (it holds {shown(sorted(names)[:3]) or 'no tensors at all'})"

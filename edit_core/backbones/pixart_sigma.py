@@ -29,7 +29,7 @@ class PixArtSigma(Backbone):
         for host, bias in _OUTPUT_BIAS.items():
             depth = count_blocks(shapes, bias)
             if depth and all(key in shapes for key in _MARKERS[host]):
-                return Base(self, host, shapes[bias.format(0)][0], (("self",),) * depth)
+                return Base(self, host, (*shapes[bias.format(0)], 0)[0], (("self",),) * depth)
         return None
 
     def output_bias(self, base: Base, block: int) -> str:

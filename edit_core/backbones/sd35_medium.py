@@ -49,7 +49,7 @@ class SD35Medium(Backbone):
                 # queries, though there, lead nowhere.
                 ends = [block for block in range(depth) if _PROMPT_OUTPUT_BIAS[host].format(block) not in shapes]
                 idle = {f"transformer_blocks.{block}.attn.{name}" for block in ends for name in _PROMPT_ROWS}
-                return Base(self, host, shapes[bias.format(0)][0], sites, idle=frozenset(idle))
+                return Base(self, host, (*shapes[bias.format(0)], 0)[0], sites, idle=frozenset(idle))
         return None
 
     def output_bias(self, base: Base, block: int) -> str:

@@ -77,6 +77,6 @@ def run(options: Any) -> Result:
         seed=options.seed,
         on_step=on_step,
     )
-    trained.save(output)
+    trained.save(output, replace=False)
     data = {"file": str(output), "losses": losses, "training": trained.training}
     return Result(f"{output}: mean relative error {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps", data)

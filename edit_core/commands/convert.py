@@ -34,7 +34,7 @@ def run(options: Any) -> Result:
     source, output = Path(options.source), new_output(options.output)
     if source.is_dir() and not options.merge and not options.split:
         weights = from_checkpoint(source, options.raw)
-        weights.save(output)
+        weights.save(output, replace=False)
         blocks, linears = format_layers(weights.sites), len(weights.differences())
         text = f"{output}: EDiT weights for blocks {blocks}, which change {linears} of the base's linears"
         return Result(text, {"file": str(output), "blocks": blocks, "linears": linears})
@@ -47,13 +47,13 @@ def run(options: Any) -> Result:
     if options.merge:
         sides_path = new_output(output.with_name(f"{output.stem}.edit.safetensors"))
         sides = merge(weights, options.merge, output)
-        sides.save(sides_path)
+        sides.save(sides_path, replace=False)
         count = len(weights.differences())
         text = f"{output}: the base with {count} of its linears changed; {sides_path}: the side weights for it{note}"
         data = {"file": str(output), "weights": str(sides_path), "linears": count, "warning": warning}
         return Result(text, data)
     weights, others = split(weights, *options.split)
-    weights.save(output)
+    weights.save(output, replace=False)
     lost = f"; {others} other tensors of the two bases differ too, which EDiT weights cannot hold" if others else ""
     data = {"file": str(output), "linears": len(weights.differences()), "lost": others, "warning": warning}
     return Result(f"{output}: EDiT weights that change {data['linears']} linears{lost}{note}", data)

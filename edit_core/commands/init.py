@@ -31,7 +31,7 @@ def run(options: Any) -> Result:
     weights = EDiTWeights.init_for(
         base, file.tensor, config, options.layers, options.seed, trainable=trainable, rank=options.rank
     )
-    weights.save(output)
+    weights.save(output, replace=False)
     parameters = sum(t.numel() for t in weights.tensors.values())
     text = f"{output}: {parameters / 1e6:.1f} M parameters for blocks {format_layers(weights.sites)} of {base}"
     return Result(text, {"file": str(output), "parameters": parameters, "backbone": weights.backbone})

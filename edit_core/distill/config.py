@@ -6,6 +6,8 @@ pydantic does the checking: its errors name the field, and ComfyUI already ships
 from __future__ import annotations
 
 import importlib.resources
+import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..config import DEFAULT, EDiTConfig
 from ..differences import Trainable, check_trainable
-from ..errors import EDiTConfigError
+from ..errors import EDiTConfigError, said, shown
 from .objective import Weighting
 
 __all__ = ["BASE_LR", "DistillStage", "OptimizerKind", "RunConfig", "Stage", "TransferStage", "Watching", "load_config"]
@@ -181,26 +183,61 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         EDiTConfigError: no such file, no YAML, or a wrong field; the message names the field.
     """
-    path = Path(name)
     shipped = importlib.resources.files(__package__.rpartition(".")[0]) / "configs" / f"{name}.yaml"
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif shipped.is_file():
+    if os.path.isfile(name):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise EDiTConfigError(f"{name}: cannot be read ({said(error)})") from None
+    elif os.path.isfile(str(shipped)):
         text = shipped.read_text(encoding="utf-8")
     else:
         raise EDiTConfigError(f"{name}: there is no such file, nor a configuration of that name in this package")
+    data = _yaml(text, name)
+    for override in overrides:
+        _override(data, override)
     try:
-        data = yaml.safe_load(text)
-        for override in overrides:
-            _override(data, override)
         return RunConfig.model_validate(data)
-    except yaml.YAMLError as error:
-        raise EDiTConfigError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        place = shown([".".join(str(part) for part in first["loc"])]) or "the file"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise EDiTConfigError(f"{name}: {place}: {first['msg']}, not {first['input']!r:.80}{more}") from None
+        raise EDiTConfigError(f"{name}: {place}: {said(first['msg'])}, not {_shown(first['input'])}{more}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML without aliases, a few of which can stand for more than any memory holds, and without depths."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name) is not read here; write out what it stands for")
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {_DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+_DEEPEST = 20
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _short.repr(value)
+    except ValueError:  # YAML has numbers in hexadecimal of any length, which Python does not write out
+        return "a number of so many digits"
+
+
+def _yaml(text: str, name: str) -> Any:
+    try:
+        return _Loader(text).get_single_data()
+    except Exception as error:  # PyYAML raises every kind there is for a malformed date, number or depth
+        raise EDiTConfigError(f"{name} is not YAML: {said(error)}") from None
 
 
 def _override(data: Any, text: str) -> None:
@@ -211,6 +248,8 @@ def _override(data: Any, text: str) -> None:
     try:
         for part in path:
             data = data[int(part)] if isinstance(data, list) else data[part]
-        data[int(last) if isinstance(data, list) else last] = yaml.safe_load(value)
+        data[int(last) if isinstance(data, list) else last] = _yaml(value, field)
+    except EDiTConfigError:
+        raise
     except (KeyError, IndexError, ValueError, TypeError):
         raise EDiTConfigError(f"{field}: the configuration has no such place") from None

@@ -25,8 +25,9 @@ from safetensors.torch import load
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import EDiTError
+from ..errors import EDiTError, said, shown
 from .cache import EMPTY_PROMPT, FORMAT, FORMAT_VERSION
+from .records import Manifest, Record, check
 from .remote import File, exists, locate, open_stream, read
 
 __all__ = ["BatchPlan", "CachedLatents", "collate"]
@@ -34,6 +35,9 @@ __all__ = ["BatchPlan", "CachedLatents", "collate"]
 logger = logging.getLogger(__name__)
 
 _REQUESTS = 16  # shards behind a URL that are looked at at once
+_MOST_JSON = 1 << 24  # bytes
+_DAMAGED = (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError)
+"""What safetensors' `load` raises for bytes that are not one of its files, or hold a dtype that PyTorch lacks."""
 
 
 class _Place(NamedTuple):
@@ -71,7 +75,7 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
         if resolution not in self.manifest["resolutions"]:
             known = ", ".join(map(str, self.manifest["resolutions"]))
             raise EDiTError(f"{self.folder}: this cache has no resolution {resolution}, but {known}")
-        _check_empty_prompt(self.folder, self.manifest["empty_prompt"])
+        self._names = {"latent", *_empty_prompt(self.folder, self.manifest["empty_prompt"])}
         shards = [s for s in self.manifest["shards"] if s["file"].split("/")[0] == str(resolution)]
         if not shards:
             raise EDiTError(f"{self.folder}: this cache has no image at {resolution} pixels; all were too small")
@@ -107,7 +111,7 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         place = self._places[index]
-        what = f"{place.shard}: sample {place.key}"
+        what = f"{place.shard}: sample {shown([place.key])}"
         try:
             data = read(place.shard, place.offset, tarfile.BLOCKSIZE + place.size)
         except OSError as error:
@@ -117,19 +121,22 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
             raise EDiTError(f"{what} ends at byte {end}, but the file at byte {place.offset + len(data)}")
         try:
             header = tarfile.TarInfo.frombuf(data[: tarfile.BLOCKSIZE], "utf-8", "replace")
-            found = f"{header.name} of {header.size} bytes"
-        except tarfile.TarError:
-            found = "no sample"
-        if found != f"{place.key}.safetensors of {place.size} bytes":
+            found, right = f"{shown([header.name])} of {header.size} bytes", (f"{place.key}.safetensors", place.size)
+            fits = (header.name, header.size) == right
+        except (tarfile.TarError, ValueError):
+            found, fits = "no sample", False
+        if not fits:
             raise EDiTError(
                 f"{what} of {place.size} bytes should be at byte {place.offset}, but there is {found}: "
                 "this file is another shard's, or damaged"
             )
         try:
             sample = load(data[tarfile.BLOCKSIZE :])
-        except SafetensorError as error:
-            raise EDiTError(f"{what} is damaged ({error})") from None
-        if sample.get("latent", torch.empty(0)).shape[1:] != place.bucket:
+        except _DAMAGED as error:
+            raise EDiTError(f"{what} is damaged ({said(error)})") from None
+        if sample.keys() != self._names:
+            raise EDiTError(f"{what} is damaged: it holds {shown(sorted(sample))}, not {shown(sorted(self._names))}")
+        if sample["latent"].shape[1:] != place.bucket:
             raise EDiTError(f"{what} has no latent of {place.bucket[0]}x{place.bucket[1]} cells")
         return sample
 
@@ -147,8 +154,8 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
         path = locate(folder) / EMPTY_PROMPT
         try:
             return load(read(path))
-        except (OSError, SafetensorError) as error:
-            raise EDiTError(f"{path}: cannot be read ({error})") from None
+        except (OSError, *_DAMAGED) as error:
+            raise EDiTError(f"{path}: cannot be read ({said(error)})") from None
 
     @staticmethod
     def describe(folder: str | Path) -> dict[str, Any]:
@@ -185,9 +192,12 @@ class CachedLatents(Dataset[dict[str, Tensor]]):
         start = place.offset + tarfile.BLOCKSIZE * (1 + math.ceil(place.size / tarfile.BLOCKSIZE))
         try:
             header = tarfile.TarInfo.frombuf(read(place.shard, start, tarfile.BLOCKSIZE), "utf-8", "replace")
+            if not 0 <= header.size <= _MOST_JSON:
+                raise ValueError(f"{header.size} bytes are not a sample's")
             return json.loads(read(place.shard, start + tarfile.BLOCKSIZE, header.size))
-        except (OSError, ValueError, tarfile.TarError) as error:
-            raise EDiTError(f"{place.shard}: the json of sample {place.key} cannot be read ({error})") from None
+        except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
+            what = f"{place.shard}: the json of sample {shown([place.key])}"
+            raise EDiTError(f"{what} cannot be read ({said(error)})") from None
 
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -286,8 +296,10 @@ def _manifest(folder: File) -> dict[str, Any]:
         raise EDiTError(f"{path}: not a cache's manifest")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise EDiTError(
-            f"{path}: format_version {manifest.get('format_version')!r} is unknown; this version reads {FORMAT_VERSION}"
+            f"{path}: format_version {manifest.get('format_version')!r:.80} is unknown; this version reads "
+            f"{FORMAT_VERSION}"
         )
+    check(Manifest, manifest, str(path))
     return manifest
 
 
@@ -298,10 +310,11 @@ def _read_json(file: File) -> Any:
     except FileNotFoundError:
         raise EDiTError(f"{file}: there is no such file") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise EDiTError(f"{file}: cannot be read ({error})") from None
+        raise EDiTError(f"{file}: cannot be read ({said(error)})") from None
 
 
-def _check_empty_prompt(folder: File, entry: dict[str, Any]) -> None:
+def _empty_prompt(folder: File, entry: dict[str, Any]) -> dict[str, Tensor]:
+    """The empty prompt's tensors, once they are known to be as they were written."""
     path = folder / EMPTY_PROMPT
     try:
         data = read(path)
@@ -309,6 +322,7 @@ def _check_empty_prompt(folder: File, entry: dict[str, Any]) -> None:
         raise EDiTError(f"{path}: cannot be read ({error.strerror or error})") from None
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise EDiTError(f"{path}: its {len(data)} bytes are not the {entry['bytes']} bytes that were written")
+    return load(data)
 
 
 def _places(folder: File, shard: dict[str, Any], verify: bool) -> list[_Place]:
@@ -329,8 +343,11 @@ def _places(folder: File, shard: dict[str, Any], verify: bool) -> list[_Place]:
         raise EDiTError(f"{path}: this shard cannot be read ({error.strerror or error})") from None
     name = shard["file"].removesuffix(".tar") + ".json"
     record = _read_json(folder / name)
-    if record["sha256"] != shard["sha256"] or len(record["keys"]) != shard["samples"]:
+    check(Record, record, str(folder / name))
+    if record["sha256"] != shard["sha256"] or not len(record["keys"]) == len(record["places"]) == shard["samples"]:
         raise EDiTError(f"{folder / name}: this record of {record['samples']} samples is another shard's")
+    if any(offset + tarfile.BLOCKSIZE + size > shard["bytes"] for offset, size in record["places"]):
+        raise EDiTError(f"{folder / name}: this record is damaged: a sample would lie beyond its shard's end")
     height, width = map(int, shard["file"].split("/")[1].split("x"))
     return [
         _Place((height, width), key, path, offset, size)

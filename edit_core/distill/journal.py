@@ -39,7 +39,9 @@ class Journal:
         self._lines = path.open("a", encoding="utf-8")
         board = folder / "tensorboard"
         board.mkdir(exist_ok=True)
-        self._events = (board / f"events.out.tfevents.{time.time_ns():020d}").open("wb")
+        # Tensorboard reads its files in the order of their names, which a clock that was set back must not change.
+        last = max((int(found.suffix[1:]) for found in board.glob("events.out.tfevents.*")), default=0)
+        self._events = (board / f"events.out.tfevents.{max(time.time_ns(), last + 1):020d}").open("xb")
         self._board = RecordWriter(self._events)
         self._event(file_version="brain.Event:2")
         self._event(step=total + 1, session_log=SessionLog(status=SessionLog.START))  # what came after is void

@@ -30,7 +30,7 @@ def load_teacher(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         raise EDiTModelError(f"{folder} holds a {name}; EDiT works on {' and '.join(classes)}")
     try:
         loaded: Any = classes[name]
-        model = loaded.from_pretrained(config.parent, torch_dtype=dtype, local_files_only=True)
+        model = loaded.from_pretrained(config.parent, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise EDiTModelError(f"{config.parent} cannot be loaded: {str(error).splitlines()[0]}") from None
     return model.to(device).eval().requires_grad_(False)
