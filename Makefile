@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 NOT_SLOW := -m 'not slow'
 
-.PHONY: demo test test-all lint types bench bench-training world screens kills faults fuzz lock clean
+.PHONY: demo test test-all lint types bench bench-kernels bench-training world screens kills faults fuzz lock clean
 
 demo: $(READY)
 	$(BIN)/python -m edit_core demo
@@ -36,6 +36,10 @@ bench: $(READY)
 	mkdir -p docs
 	$(BIN)/python -m edit_core bench --preset readme --save docs/bench_cpu.json --plot docs/bench_cpu.png
 	$(BIN)/python tests/tools/fill_readme.py
+
+# Which Triton kernels win on this machine's CUDA device; remembered in the user's cache, where sampling looks them up.
+bench-kernels: $(READY)
+	$(BIN)/python -m edit_core.kernels
 
 # What a training costs, at the real models' width, for docs/training.md: half an hour and 16 GB on two cores.
 bench-training: $(READY)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
 from ..config import EDiTConfig
 from .linear import merge_heads, read, split_heads, state, without_autocast
 from .modules import ConvFusion, Grid, LayerFactory, MLPFusion, SpatialCompressor, as_nchw, as_tokens
@@ -133,6 +134,9 @@ class EDiTAttention(nn.Module):
         if fusion is None:
             return lambda part: _normed(_part(tokens, part), heads, norm)
         module = getattr(self, fusion)
+        if isinstance(module, ConvFusion) and module.has_kernel(x, tokens):
+            fused = module(x, tokens, grid)  # (B, N, C)
+            return lambda part: _normed(_part(fused, part), heads, norm)
         gathered = module.gather(x, grid)  # (B, N, C/r) or (B, N, C)
         return lambda part: _normed(module.add(_part(gathered, part), _part(tokens, part)), heads, norm)
 
@@ -142,6 +146,9 @@ class EDiTAttention(nn.Module):
 
     def _rectified(self, rows: Rows, dtype: torch.dtype, part: slice) -> Tensor:
         return self.rectified(rows(part)).to(dtype)
+
+    def _has_kernels(self, base: Projections) -> bool:
+        return self.config.kernel != "softmax" and kernels.chosen("linear", *base)
 
     def _local(self, v: Tensor, grid: Grid) -> Tensor | None:
         """What a depthwise convolution gathers of the values around each token, if the config asks: `(B, N, C)`."""
@@ -181,6 +188,10 @@ class EDiTAttention(nn.Module):
         Returns:
             `(B, N, C)`.
         """
+        if self._has_kernels(base):
+            from ..kernels.attention import image_rows
+
+            return image_rows(self, x, base, grid, heads, norm_q, norm_k)
         if self.config.kernel == "softmax":
             q, k, v = self.features(x, base, grid, heads, norm_q, norm_k)  # (B, N or M, C)
             return self._with_local(softmax(q, k, v, heads), base.v, grid)  # (B, N, C)
@@ -234,6 +245,10 @@ class HybridAttention(EDiTAttention):
         Returns:
             image rows `(B, N, C)`, and prompt rows `(B, P, C)` or None.
         """
+        if self.config.normaliser == "token_ratio" and self._has_kernels(base):
+            from ..kernels.attention import joint_rows
+
+            return joint_rows(self, x, base, prompt, grid, heads, norm_q, norm_k, softmax, prompt_rows)
         if self.config.kernel == "softmax":
             image = self.features(x, base, grid, heads, norm_q, norm_k)  # (B, N or M, C)
             y_image, y_prompt = _softmax_rows(image, prompt, heads, softmax, prompt_rows)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
 from ..config import EDiTConfig
 from .slices import by_bands
 
@@ -70,7 +71,15 @@ class ConvFusion(nn.Module):
         """Tokens `(B, n, C)` with what was gathered for them, `(B, n, C/r)`."""
         return self.up(gathered).add_(q)  # (B, n, C)
 
+    def has_kernel(self, x: Tensor, q: Tensor) -> bool:
+        """Whether all behind the 3x3 convolution runs as one kernel, which takes all tokens at once."""
+        return kernels.chosen("conv_fusion", x, q, self.norm.weight, self.up.weight)
+
     def forward(self, x: Tensor, q: Tensor, grid: Grid) -> Tensor:
+        if self.has_kernel(x, q):
+            from ..kernels.attention import fused_queries
+
+            return fused_queries(self, x, q, grid)
         return self.add(self.gather(x, grid), q)  # (B, N, C)
 
 
@@ -131,4 +140,8 @@ class SpatialCompressor(nn.Module):
         )
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        if kernels.chosen("depthwise", tokens, self.conv.weight):
+            from ..kernels.attention import compressed
+
+            return compressed(self.conv, tokens, grid)
         return as_tokens(by_bands(self.conv, as_nchw(tokens, grid), self.stride))  # (B, M, C)
