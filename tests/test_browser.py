@@ -276,11 +276,8 @@ def test_vue_nodes_show_badge_picker_slider_and_curve(vue_tab: Tab) -> None:
     check_drawing(tab)
     check_slider(tab)
     tab.look_at("EDiTApply")
-    tab.page.wait_for_function(
-        """([id, said]) => [...document.querySelectorAll(`[data-node-id="${id}"] *`)].some(part =>
-          !part.children.length && !part.matches(".edit-picker *") && part.textContent.trim() === said)""",
-        arg=[tab.node_id("EDiTApply"), f"{BLOCKS}/{BLOCKS} linear"],
-    )
+    badge = tab.page.locator(f"[data-node-id='{tab.node_id('EDiTApply')}'] .edit-picker-badge")
+    badge.filter(has_text=f"{BLOCKS}/{BLOCKS} linear").wait_for()
     check_picker(tab)
     tab.load(CALIBRATE)
     tab.set("steps", 5000)

@@ -5,7 +5,7 @@ import { addStyle, after } from "./dom.js";
 import { addPicker, useReport } from "./picker.js";
 import { addSlider } from "./slider.js";
 
-/** Says over the node how many blocks were linear in the last run. */
+/** Says over the node how many blocks were linear in the last run. Vue nodes keep the badges that they began with. */
 function addBadge(node) {
   const Badge = globalThis.LGraphBadge;
   if (!Badge || !Array.isArray(node.badges)) return () => {};
@@ -14,9 +14,6 @@ function addBadge(node) {
   return (text) => {
     badge.text = text;
     node.graph?.setDirtyCanvas(true, true);
-    // Vue nodes draw from a copy, which is renewed where another list is announced.
-    const property = { type: "node:property:changed", nodeId: node.id, property: "badges" };
-    node.graph?.trigger?.("node:property:changed", { ...property, oldValue: node.badges, newValue: [...node.badges] });
   };
 }
 
@@ -26,8 +23,9 @@ const EXTEND = {
     const label = addBadge(node);
     after(node, "onExecuted", ({ edit_blocks: [linear, depth] = [] }) => {
       if (depth === undefined) return;
-      label(`${linear}/${depth} linear`);
-      if (picker) picker.depth = depth;
+      const text = `${linear}/${depth} linear`;
+      label(text);
+      if (picker) Object.assign(picker, { depth, badge: text });
     });
   },
   EDiTInit: addPicker,

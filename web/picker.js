@@ -36,7 +36,10 @@ class Picker {
     this.strip.setAttribute("aria-label", "transformer blocks with linear attention");
     this.note = element("div", { className: "edit-picker-note" });
     this.root = element("div", { className: "edit-picker" });
-    this.root.append(this.strip, this.note);
+    this.ran = element("span", { className: "edit-picker-badge", title: "In the last run" });
+    const below = element("div", { className: "edit-picker-below" });
+    below.append(this.note, this.ran);
+    this.root.append(this.strip, below);
     this.current = 0;
     this.listen();
   }
@@ -62,6 +65,11 @@ class Picker {
   set depth(count) {
     this.node.properties[PROPERTY] = count;
     this.refresh();
+  }
+
+  /** Of the last run, for Vue nodes: the classic canvas has it over the node. */
+  set badge(text) {
+    this.ran.textContent = globalThis.LiteGraph?.vueNodesMode ? text : "";
   }
 
   listen() {

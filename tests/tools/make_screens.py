@@ -186,6 +186,7 @@ def main() -> None:
             comparison(tab)
             benchmark(tab)
             tab.close()
+            server.post("/free", {"unload_models": True, "free_memory": True})  # cached nodes tell the page nothing
             tab = Tab(browser, server, vue=True, settings=QUIET)
             vue(tab)
             tab.close()
