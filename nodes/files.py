@@ -15,6 +15,7 @@ from comfy_api.latest import io, ui
 from ..edit_core import EDiTError, EDiTWeights
 from ..edit_core.backbones import Base, identify
 from ..edit_core.basefile import BaseFile
+from ..edit_core.errors import said
 from .apply import CATEGORY, Weights
 from .patcher import apply_to_model
 from .small_world import is_small_pixart, load_small_pixart
@@ -187,8 +188,8 @@ def save_numbered(weights: EDiTWeights, stem: str, number: int) -> str:
             weights.save(path, replace=False)
         except FileExistsError:
             number += 1
-        except OSError as error:
-            raise EDiTError(f"{path} cannot be written ({error.strerror or error})") from None
+        except (OSError, ValueError) as error:  # ValueError: a name with a null character
+            raise EDiTError(f"{path!r} cannot be written ({error})") from None
         else:
             return path
 
@@ -219,7 +220,7 @@ class EDiTSaveWeights(io.ComfyNode):
         try:
             folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
         except Exception as error:  # ComfyUI raises a bare Exception for a prefix that leaves the folder
-            raise EDiTError(f"filename_prefix {filename_prefix!r} cannot be used: {error}") from None
+            raise EDiTError(f"filename_prefix {filename_prefix!r} cannot be used: {said(error)}") from None
         path = save_numbered(edit_weights, os.path.join(folder, name), counter)
         saved = os.path.relpath(path, root)
         logger.info("EDiT: saved %s", path)
