@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 NOT_SLOW := -m 'not slow'
 
-.PHONY: demo test test-all lint types bench bench-training world kills clean
+.PHONY: demo test test-all lint types bench profile bench-training world kills clean
 
 demo: $(READY)
 	$(BIN)/python -m edit_core demo
@@ -36,6 +36,10 @@ bench: $(READY)
 	mkdir -p docs
 	$(BIN)/python -m edit_core bench --preset readme --save docs/bench_cpu.json --plot docs/bench_cpu.png
 	$(BIN)/python tests/tools/fill_readme.py
+
+# docs/profile.md: where the time of a step goes, ten minutes and 6 GB on two cores.
+profile: $(READY)
+	$(BIN)/python tests/tools/profile_step.py
 
 # What a training costs, at the real models' width, for docs/training.md: half an hour and 16 GB on two cores.
 bench-training: $(READY)
