@@ -67,7 +67,7 @@ def cost_of(name: str, shapes: list[list[int]], hidden: int) -> Cost:
             tokens = image[0] * image[2] * image[3]
             return Cost("ConvFusion", 2 * tokens * prod(weight), 4 * (prod(image) + prod(weight) + tokens * weight[0]))
         return Cost("compressors, local branch", 18 * prod(image), 8 * prod(image))  # at stride 1; at 2 a quarter
-    if "scaled_dot_product" in name:
+    if "_scaled_dot_product" in name:  # the kernel; what chooses it has the same name without the first underscore
         q, k = shapes[:2]
         return Cost("softmax attention", 4 * prod(q) * k[2], 8 * (prod(q) + prod(k)))
     part = next((part for word, part in _GROUPS.items() if word in name), "other")
