@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 
 NOT_SLOW := -m 'not slow'
 
-.PHONY: demo test test-all lint types bench bench-kernels bench-training world screens kills faults fuzz lock clean
+.PHONY: demo test test-all lint types bench bench-kernels profile bench-training world screens kills faults fuzz \
+	lock clean
 
 demo: $(READY)
 	$(BIN)/python -m edit_core demo
@@ -40,6 +41,10 @@ bench: $(READY)
 # Which Triton kernels win on this machine's CUDA device; remembered in the user's cache, where sampling looks them up.
 bench-kernels: $(READY)
 	$(BIN)/python -m edit_core.kernels
+
+# docs/profile.md: where the time of a step goes, ten minutes and 6 GB on two cores.
+profile: $(READY)
+	$(BIN)/python tests/tools/profile_step.py
 
 # What a training costs, at the real models' width, for docs/training.md: half an hour and 16 GB on two cores.
 bench-training: $(READY)

@@ -42,7 +42,7 @@ _PRESETS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 """By name, what differs from the defaults in each of its parts; `readme` measures what the README's table shows."""
-_CROSSOVER = {"contenders": ["teacher", DEFAULT], "sizes": [256, 384, 512, 768, 1024, 1536, 2048]}
+_CROSSOVER: dict[str, Any] = {"contenders": ["teacher", DEFAULT], "sizes": [256, 384, 512, 768, 1024, 1536, 2048]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +99,8 @@ def run(options: Any) -> Result:
         if options.preset and part.level == ["layer"]:
             part.blocks = None  # a change to the preset's transformers
         _check(part)
+    if options.plot and all(len(set(part.sizes)) < 2 for part in every):
+        raise EDiTError("--plot draws time against tokens, and needs at least two --sizes")
     found: list[Measurement] = []
     for part in every:
         _measure(part, found)
@@ -157,8 +159,6 @@ def _check(options: argparse.Namespace) -> None:
         crossover.stored()  # a damaged cache, before and not after the measurement
     if "transformer" not in options.level and (options.blocks is not None or options.layers is not None):
         raise EDiTError("--blocks and --layers are of --level transformer: a layer is of one block")
-    if options.plot and len(set(options.sizes)) < 2:
-        raise EDiTError("--plot draws time against tokens, and needs at least two --sizes")
     for path in filter(None, (options.save, options.plot)):
         if not Path(path).parent.is_dir():
             raise EDiTError(f"{path}: cannot be written (there is no such folder)")

@@ -35,8 +35,10 @@ def filled(readme: str) -> str:
     """The README with its tables of speed and quality."""
     measurements = [Measurement.from_json(data) for data in json.loads(MEASUREMENTS.read_text(encoding="utf-8"))]
     text = (
-        "Seconds per call of the whole transformer at full size (28 and 24 blocks, real widths, random weights), the "
-        "model's own attention (the teacher) and EDiT in alternation; median, with the fastest and slowest. "
+        "Seconds per call at the real models' widths, with random weights: one layer's attention with its projections, "
+        "and the transformer, of which the table says how many blocks. The model's own attention (the teacher), EDiT, "
+        "what it is compared with and the limit (no attention at all between the projections) take turns; median, with "
+        "the fastest and slowest. "
         "`make bench` measures it anew.\n\n" + table(measurements)
     )
     rows = json.loads(WORLD.read_text(encoding="utf-8"))
