@@ -244,8 +244,14 @@ def apply_to_model(
 
 def base_tensor(model: Any) -> Callable[[str], torch.Tensor]:
     """Gives the base's tensors by their names below `diffusion_model`, without what is patched into them just now."""
-    own = model.get_key_patches("diffusion_model.")
-    return lambda key: own[f"diffusion_model.{key}"][0][0]
+
+    def tensor(key: str) -> torch.Tensor:
+        path = f"diffusion_model.{key}"
+        # Not of all keys at once: a GGUF base's state dict also has names that no module bears.
+        found: torch.Tensor = model.get_key_patches(path)[path][0][0]
+        return found
+
+    return tensor
 
 
 def add_differences(model: Any, weights: EDiTWeights, blocks: tuple[int, ...], base: Base) -> frozenset[str]:
