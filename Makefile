@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 NOT_SLOW := -m 'not slow'
 
-.PHONY: demo test test-all lint types bench bench-training world kills clean
+.PHONY: demo test test-all lint types bench bench-training world kills matrix soak clean
 
 demo: $(READY)
 	$(BIN)/python -m edit_core demo
@@ -51,6 +51,11 @@ world: $(READY)
 # Twenty kills of a training of each backbone at random moments; `make test` has two.
 kills: $(READY)
 	EDIT_TEST_KILLS=20 $(BIN)/python -m pytest -c tests/pytest.ini tests/test_distill.py -k random_moments
+
+# What docs/reliability-comfyui.md says: EDiT beside other nodes, and 500 prompts on one server, in every ComfyUI found.
+matrix soak: $(READY)
+	EDIT_TEST_RECORD=docs $(BIN)/python -m pytest -c tests/pytest.ini tests/test_$@_comfyui.py
+	$(BIN)/python tests/tools/reliability_comfyui.py
 
 clean:
 	rm -rf $(VENV) out
