@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 BACKBONES = {"pixart_sigma": "PixArt-Σ", "sd35_medium": "SD3.5-M"}
 HEAD = """# Beside everything else in ComfyUI
 
-The figures on this page were measured by `make matrix` and `make soak` in real ComfyUI processes on a CPU, and written
-by `tests/tools/reliability_comfyui.py`. The models are the pack's small trained teachers and students, unless a cell
+The figures on this page were measured by the tests that `make matrix` and `make soak` run, in real ComfyUI processes on a
+CPU, and written by `tests/tools/reliability_comfyui.py`; a cell may be from a later run than its neighbours. The models are the pack's small trained teachers and students, unless a cell
 says otherwise. A *change* is the relative difference that a node makes to the latent that KSampler gives; *cosine* says
 how far the teacher's and the student's change point the same way (unrelated ones have 0). A cell passes only if the
 base is bit-equal afterwards, the student too, and its figures are within the bounds that the test names.
@@ -43,6 +44,8 @@ def matrix() -> list[str]:
         empty = sum(is_empty(outcome) for outcome in cells.values())
         passed = sum(outcome["ok"] for outcome in cells.values()) - empty
         lines += [f"- ComfyUI {version}: {passed} of {len(cells) - empty} cells pass; {empty} do not exist there."]
+        unmeasured = sorted({name for name in checks() if not any(name in cell for cell in cells)})
+        lines += [f"  Without figures as yet: {', '.join(unmeasured)}."] if unmeasured else []
     for version in versions:
         for backbone, title in BACKBONES.items():
             lines += ["", f"### ComfyUI {version}, {title}", "", "| combination | figures |", "|---|---|"]
@@ -51,6 +54,15 @@ def matrix() -> list[str]:
                     if name.endswith(f"[{backbone}]"):
                         lines.append(f"| {outcome['about']} | {cell(outcome)} |".replace("\n", " "))
     return lines
+
+
+def checks() -> list[str]:
+    """The names of all checks but the table's."""
+    return [
+        name
+        for path in (DOCS.parent / "tests/comfyui").glob("matrix_*.py")
+        for name in re.findall(r"^def (check_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
 
 
 def is_empty(outcome: dict[str, Any]) -> bool:
