@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 NOT_SLOW := -m 'not slow'
 
 .PHONY: demo test test-all lint types bench bench-kernels profile bench-training world screens kills faults fuzz \
-	lock clean
+	matrix soak lock clean
 
 demo: $(READY)
 	$(BIN)/python -m edit_core demo
@@ -80,6 +80,11 @@ fuzz: $(READY)
 lock: $(READY)
 	$(BIN)/uv pip compile pyproject.toml --quiet --extra dev --constraint constraints.txt --python-version 3.10 \
 		--universal --generate-hashes --no-header --no-annotate --output-file requirements.lock
+
+# What docs/reliability-comfyui.md says: EDiT beside other nodes, and 500 prompts on one server, in every ComfyUI found.
+matrix soak: $(READY)
+	EDIT_TEST_RECORD=docs $(BIN)/python -m pytest -c tests/pytest.ini tests/test_$@_comfyui.py
+	$(BIN)/python tests/tools/reliability_comfyui.py
 
 clean:
 	rm -rf $(VENV) out

@@ -51,6 +51,7 @@ class Application:
 class Running:
     """An injection at work in one base model: what to undo, and the call that is under way."""
 
+    injection: EDiTInjection
     restore: list[Callable[[], None]] = field(default_factory=list)
     call: HostCall | None = None
     active: list[bool] = field(default_factory=list)
@@ -78,7 +79,7 @@ class EDiTInjection(PatcherInjection):
         self._eject(patcher)
         diffusion_model = patcher.get_model_object("diffusion_model")
         sides = [side.model for side in patcher.get_additional_models_with_key(KEY)]
-        running = _RUNNING[patcher.model] = Running()
+        running = _RUNNING[patcher.model] = Running(self)
         backbone = self.applications[0].backbone
         for block in sorted({block for application in self.applications for block in application.blocks}):
             module = comfy.utils.get_attr(diffusion_model, backbone.comfy_path(block))
@@ -153,9 +154,25 @@ def replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Cal
     return lambda: delattr(module, "forward")
 
 
+def running_for(injection: EDiTInjection, model: Any) -> Running | None:
+    """An injection's work in a base model, which it takes up again where another patcher has undone it.
+
+    A clone of a loaded MODEL believes itself injected: when it is dropped or looked at while the MODEL is sampled, it
+    ejects or injects in a base model that is not its own any more.
+    """
+    running = _RUNNING.get(model)
+    if running is None or running.injection is not injection:
+        patcher = model.current_patcher
+        if patcher is None or injection not in (patcher.get_injections(KEY) or ()):
+            return None
+        injection.inject(patcher)
+        running = _RUNNING[model]
+    return running
+
+
 def _make_wrapper(injection: EDiTInjection) -> Callable[..., Any]:
     def edit_apply_model(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        running = _RUNNING.get(executor.class_obj)
+        running = running_for(injection, executor.class_obj)
         if running is None:
             return executor(x, *args, **kwargs)
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[4]
@@ -227,8 +244,14 @@ def apply_to_model(
 
 def base_tensor(model: Any) -> Callable[[str], torch.Tensor]:
     """Gives the base's tensors by their names below `diffusion_model`, without what is patched into them just now."""
-    own = model.get_key_patches("diffusion_model.")
-    return lambda key: own[f"diffusion_model.{key}"][0][0]
+
+    def tensor(key: str) -> torch.Tensor:
+        path = f"diffusion_model.{key}"
+        # Not of all keys at once: a GGUF base's state dict also has names that no module bears.
+        found: torch.Tensor = model.get_key_patches(path)[path][0][0]
+        return found
+
+    return tensor
 
 
 def add_differences(model: Any, weights: EDiTWeights, blocks: tuple[int, ...], base: Base) -> frozenset[str]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import psutil
+
 from . import comfy
 
 PACK_NAME = "edit-attention"
@@ -32,6 +34,7 @@ class Run(NamedTuple):
     """By node id, as in /history."""
     cached: set[str]
     """Ids of the nodes that were not executed again."""
+    interrupted: bool = False
 
 
 class Server:
@@ -109,7 +112,26 @@ class Server:
         Raises:
             ServerError: the prompt is not valid, a node failed, or it took too long.
         """
-        prompt_id = json.loads(self._request("/prompt", {"prompt": prompt}))["prompt_id"]
+        return self.wait(self.submit(prompt))
+
+    def submit(self, prompt: dict[str, Any]) -> str:
+        """Queues an API prompt; returns its id.
+
+        Raises:
+            ServerError: it is not valid.
+        """
+        return str(json.loads(self._request("/prompt", {"prompt": prompt}))["prompt_id"])
+
+    def running(self) -> set[str]:
+        """Ids of the prompts that are being executed."""
+        return {entry[1] for entry in self.get_json("/queue")["queue_running"]}
+
+    def wait(self, prompt_id: str) -> Run:
+        """The result of a queued prompt, once it is there.
+
+        Raises:
+            ServerError: a node failed, or it took too long.
+        """
         end = time.monotonic() + PROMPT_SECONDS
         while time.monotonic() < end:
             entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
@@ -119,10 +141,19 @@ class Server:
                     raise ServerError(
                         f"{failed['node_type']}: {failed['exception_type']}: {failed['exception_message']}"
                     )
-                return Run(entry["outputs"], set(messages["execution_cached"]["nodes"]))
+                return Run(
+                    entry["outputs"],
+                    set(messages["execution_cached"]["nodes"]),
+                    "execution_interrupted" in messages,
+                )
             self._check_alive()
             time.sleep(0.1)
         raise ServerError(f"no result after {PROMPT_SECONDS} s:\n{self._log_tail()}")
+
+    def resident(self) -> int:
+        """Bytes of memory that the server's process holds."""
+        assert self._process is not None
+        return int(psutil.Process(self._process.pid).memory_info().rss)
 
     def interrupt(self) -> None:
         """Asks the node that is running to stop, as the button does."""
