@@ -28,6 +28,7 @@ from host import (  # first, since it readies ComfyUI to be imported
     with_lora,
 )
 import inside_differences
+import inside_hostile
 import torch
 
 import comfy.lora
@@ -427,4 +428,4 @@ def check_checkpoint_keys_are_unchanged(b: str) -> Any:
     return None
 
 
-main({**globals(), **vars(inside_differences)})
+main({**globals(), **vars(inside_differences), **vars(inside_hostile)})
