@@ -7,6 +7,7 @@ ends itself where a file takes too long. It prints what came of the files as JSO
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import json
 import os
@@ -69,7 +70,7 @@ NAMES = [
 def _some(rng: random.Random, depth: int = 0) -> Any:
     """Any JSON value."""
     if depth > 3 or rng.random() < 0.7:
-        return rng.choice([*HUGE, *BOMBS])
+        return copy.deepcopy(rng.choice([*HUGE, *BOMBS]))  # a later edit must not reach the list
     if rng.random() < 0.5:
         return [_some(rng, depth + 1) for _ in range(rng.randrange(4))]
     return {rng.choice(NAMES): _some(rng, depth + 1) for _ in range(rng.randrange(4))}
