@@ -55,9 +55,9 @@ class EDiTHandle:
         return None if self._extent is None else (self._extent.shape[0], self._extent.shape[1])
 
     @grid.setter
-    def grid(self, grid: Grid) -> None:
+    def grid(self, grid: Grid | None) -> None:
         # An empty tensor's shape: a compiled graph would take a pair of numbers for constants, and be one per size.
-        self._extent = torch.empty((*grid, 0))
+        self._extent = None if grid is None else torch.empty((*grid, 0))
 
     def _enter(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         latent = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
