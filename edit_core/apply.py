@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import EDiTAttention, Grid
 from .backbones import identify_module
@@ -40,7 +40,7 @@ class EDiTHandle:
         """The side modules, `sides[str(block)][site]`: what a training would optimise."""
         self.differences = differences
         """The differences on the base's linears, nested as the transformer is; without parameters if there are none."""
-        self.grid: Grid | None = None
+        self._extent: Tensor | None = None
         self.tap: Tap | None = None
         """Stands in for every replaced attention's call, for who trains or compares; None for EDiT itself."""
         self.min_tokens = min_tokens
@@ -48,6 +48,16 @@ class EDiTHandle:
         self._said: set[str] = set()
         self._replaced: list[tuple[Any, Any]] = []
         self._hook = transformer.register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    @property
+    def grid(self) -> Grid | None:
+        """The running call's token grid; it outlives the call, since gradient checkpointing runs attentions again."""
+        return None if self._extent is None else (self._extent.shape[0], self._extent.shape[1])
+
+    @grid.setter
+    def grid(self, grid: Grid | None) -> None:
+        # An empty tensor's shape: a compiled graph would take a pair of numbers for constants, and be one per size.
+        self._extent = None if grid is None else torch.empty((*grid, 0))
 
     def _enter(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         latent = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -58,7 +68,6 @@ class EDiTHandle:
                 f"a latent of {height}x{width} cannot be cut into {patch}x{patch} patches; "
                 f"make both sides multiples of {patch}"
             )
-        # It outlives the call: gradient checkpointing runs the attentions again in the backward pass.
         self.grid = (height // patch, width // patch)
 
     def trainable(self) -> dict[str, nn.Parameter]:
