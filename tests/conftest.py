@@ -11,11 +11,24 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
+from support import comfy
+
 # The models are small, and processes run side by side: more threads would only wait for one another.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 settings.register_profile("edit", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("edit")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` has time for the newest ComfyUI that is found; the others are for `make test-all`."""
+    found = comfy.checkouts()
+    older = set(found) - {max(found, key=comfy.version)} if found else set()
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, Path) and value in older for value in values):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,11 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("backbone", "fields"), [("pixart_sigma", {"trainable": "low_rank", "rank": 2}), ("sd35_medium", {})]
+    ("backbone", "fields"),
+    [
+        pytest.param("pixart_sigma", {"trainable": "low_rank", "rank": 2}, marks=pytest.mark.slow),
+        ("sd35_medium", {}),
+    ],
 )
 def test_two_processes_train_as_one_and_checkpoints_move_between_them(
     backbone: str, fields: dict[str, Any], prepared: Any, tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from edit_core import EDiTWeights
@@ -33,6 +35,13 @@ def checkouts() -> list[Path]:
     home = sorted(p.parent for p in (Path.home() / "comfy").glob("*/comfyui_version.py"))
     around = PACK.parent.parent
     return home or ([around] if (around / "comfyui_version.py").is_file() else [])
+
+
+def version(checkout: Path) -> Version:
+    """As its `comfyui_version.py` says."""
+    found = re.search(r'__version__ = "(.+)"', (checkout / "comfyui_version.py").read_text(encoding="utf-8"))
+    assert found, f"{checkout}: comfyui_version.py names no version"
+    return Version(found[1])
 
 
 def interpreter(checkout: Path) -> str:
