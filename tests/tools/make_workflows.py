@@ -11,139 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edit_core.world.files import shipped
 from edit_core.world.scenes import COLOURS, GROUNDS, SHAPES, TEXTURES
+
+from workflow_models import KINDS, MODELS, Model
 
 OUT = Path(__file__).resolve().parents[2] / "workflows"
 PACK_ID = "edit-attention"
 TITLE_HEIGHT, GAP = 30, 24
 BLUE, GREEN, VIOLET = "#3f789e", "#88AA88", "#8888AA"
-
-HF = "https://huggingface.co"
-FLUX_TEXT = f"{HF}/comfyanonymous/flux_text_encoders/resolve/main"
-SD35_TEXT = f"{HF}/Comfy-Org/stable-diffusion-3.5-fp8/resolve/main/text_encoders"
-SD35_RELEASE = f"{HF}/stabilityai/stable-diffusion-3.5-medium/resolve/main"
-PIXART_RELEASE = f"{HF}/PixArt-alpha/PixArt-Sigma-XL-2-1024-MS/resolve/main/transformer"
-CONTROLNET_RELEASE = f"{HF}/tensorart/SD3.5M-Controlnet-Canny/resolve/main"
-
-PROMPT = (
-    "A red fox asleep on a mossy stone in a misty pine forest, soft morning light between the trees, "
-    "dew on the fur, shallow depth of field, detailed photograph"
-)
-NEGATIVE = "blurry, low quality, deformed, watermark, text"
-SMALL_PROMPT = (
-    "a large green bar in the top left, at the middle left a large red circle, over grey rows, "
-    "the right half mirrors the left"
-)
 SEED = 20250807
-
-
-@dataclass(frozen=True)
-class Model:
-    """What differs between the base models."""
-
-    name: str
-    title: str
-    file: str
-    source: str
-    text_loader: str
-    text_inputs: dict[str, str]
-    text_files: dict[str, str]
-    vae: str
-    vae_source: str
-    latent: str
-    sampling: dict[str, Any]
-    edit_file: str
-    shift: float | None = None
-    lora: str = ""
-    control: str = ""
-    control_source: str = ""
-    prompt: str = PROMPT
-    negative: str = NEGATIVE
-    side: int = 1024
-    kinds: tuple[str, ...] = ("", "_edit", "_ab", "_calibrate", "_benchmark")
-    calibration_steps: int = 200
-    timed_sizes: str = "512, 1024, 2048"
-
-
-def small_model(backbone: str, title: str, latent: str, sampler: str, scheduler: str) -> Model:
-    """One of the small models that come with the pack, with the sampler that it was judged with."""
-    return Model(
-        name=f"small_world_{backbone}",
-        title=f"small {title}",
-        file=shipped("diffusion_models", backbone).name,
-        source="",
-        text_loader="EDiTSmallWorldText",
-        text_inputs={"backbone": backbone},
-        text_files={},
-        vae=shipped("vae", backbone).name,
-        vae_source="",
-        latent=latent,
-        sampling={"steps": 16, "cfg": 3.0, "sampler_name": sampler, "scheduler": scheduler, "denoise": 1.0},
-        edit_file=shipped("edit", backbone).name,
-        prompt=SMALL_PROMPT,
-        negative="",
-        side=272,
-        kinds=("_ab", "_calibrate", "_benchmark"),
-        calibration_steps=100,
-        timed_sizes="288, 512, 1024",
-    )
-
-
-MODELS = [
-    Model(
-        name="pixart_sigma",
-        title="PixArt-Σ",
-        file="PixArt-Sigma-XL-2-1024-MS.safetensors",
-        source=f"{PIXART_RELEASE}/diffusion_pytorch_model.safetensors",
-        text_loader="CLIPLoader",
-        text_inputs={"clip_name": "t5xxl_fp16.safetensors", "type": "pixart", "device": "default"},
-        text_files={"t5xxl_fp16.safetensors": f"{FLUX_TEXT}/t5xxl_fp16.safetensors"},
-        vae="sdxl_vae.safetensors",
-        vae_source=f"{HF}/stabilityai/sdxl-vae/resolve/main/sdxl_vae.safetensors",
-        latent="EmptyLatentImage",
-        # The solver, spacing, steps and guidance of the model's own pipeline.
-        sampling={"steps": 20, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "normal", "denoise": 1.0},
-        edit_file="pixart_sigma_edit.safetensors",
-    ),
-    Model(
-        name="sd35_medium",
-        title="Stable Diffusion 3.5 Medium",
-        file="sd3.5_medium.safetensors",
-        source=f"{SD35_RELEASE}/sd3.5_medium.safetensors",
-        text_loader="TripleCLIPLoader",
-        text_inputs={
-            "clip_name1": "clip_l.safetensors",
-            "clip_name2": "clip_g.safetensors",
-            "clip_name3": "t5xxl_fp8_e4m3fn.safetensors",
-        },
-        text_files={
-            name: f"{SD35_TEXT}/{name}"
-            for name in ("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
-        },
-        vae="sd3.5_vae.safetensors",
-        vae_source=f"{SD35_RELEASE}/vae/diffusion_pytorch_model.safetensors",
-        latent="EmptySD3LatentImage",
-        sampling={"steps": 28, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform", "denoise": 1.0},
-        edit_file="sd35_medium_edit.safetensors",
-        shift=3.0,
-        lora="sd35_medium_lora.safetensors",
-        control="sd35_medium_controlnet_canny.safetensors",
-        control_source=f"{CONTROLNET_RELEASE}/diffusion_pytorch_model.safetensors",
-        kinds=("", "_edit", "_ab", "_calibrate", "_benchmark", "_lora_controlnet_slg"),
-    ),
-    small_model("pixart_sigma", "PixArt-Σ", "EmptyLatentImage", "dpmpp_2m", "sgm_uniform"),
-    small_model("sd35_medium", "Stable Diffusion 3.5-Medium", "EmptySD3LatentImage", "euler", "normal"),
-]
-
-KINDS = {
-    "": "plain",
-    "_edit": "EDiT",
-    "_ab": "A/B: base beside EDiT",
-    "_calibrate": "calibrate, report, apply, save",
-    "_benchmark": "benchmark",
-    "_lora_controlnet_slg": "EDiT with LoRA, ControlNet and SkipLayerGuidance",
-}
 
 
 @dataclass
@@ -176,14 +52,14 @@ def base_of(model: Model) -> Node:
 
 
 def init_of(model: tuple[Node, int]) -> Node:
-    return Node("EDiTInit", "Init EDiT weights", {"model": model, "compression": 4, "layers": "all"}, (340, 100))
+    return Node("EDiTInit", "Init EDiT weights", {"model": model, "compression": 4, "layers": "all"}, (340, 150))
 
 
 def applied_of(model: tuple[Node, int], weights: tuple[Node, int], layers: Any = "all") -> Node:
     return Node(
         "EDiTApply", "Apply EDiT",
         {"layers": layers, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0,
-         "model": model, "edit_weights": weights}, (340, 170),
+         "model": model, "edit_weights": weights}, (340, 225),
     )  # fmt: skip
 
 
@@ -274,7 +150,7 @@ def groups_of(model: Model, kind: str) -> list[Group]:
             {"model": base_trunk[0], "edit_weights": weights[0], "conditioning": positive[0], "latent": latent[0],
              "threshold": 0.25}, (400, 360),
         )  # fmt: skip
-        layers = Node("PreviewAny", "Suggested layers", {"source": report[1]}, (400, 90))
+        layers = Node("PreviewAny", "Suggested layers", {"source": report[1]}, (400, 120))
         applied = applied_of(base_trunk[0], weights[0], report[1])
         patches += [init, weights, saved]
         reported = [report, layers, applied]
