@@ -443,7 +443,7 @@ def check_bad_input_is_one_sentence(b: str) -> Any:
         if b == "pixart_sigma":
             said.append(user_error("over 256", call, b, m, w, latent=empty(b, 16, 16)))
     call(b, m, w, latent=empty(other))  # an empty one for another model is made to fit, as KSampler does
-    said.append(user_error("not finite", calibrate, b, m, w, lr=1e30, steps=9))
+    said.append(user_error("lr: 1e+30 is not between 1e-06 and 1.0", calibrate, b, m, w, lr=1e30, steps=9))
     benchmark = {"model_a": m, "model_b": m, "repeats": 1}
     check = nodes.NODE_CLASS_MAPPINGS["EDiTBenchmark"].validate_inputs
     assert check(sizes="512, 1024") is True and check(sizes=None) is True
