@@ -448,6 +448,8 @@ def test_stopping_a_calibration_leaves_the_teacher_as_it_was(prepared: Any) -> N
     assert all(p.requires_grad and p.grad is None for p in transformer.parameters()), "the teacher gathered gradients"
     with pytest.raises(EDiTError, match="at least one prompt"):
         calibrate(transformer, weights, [], condition)
+    with pytest.raises(EDiTError, match=r"the error is not finite at step \d; try a lower lr"):
+        calibrate(transformer, weights, [condition], condition, steps=9, lr=1e30, height=16, width=16)
 
 
 def test_guided_predictions_are_compared_as_a_sampler_makes_them() -> None:
