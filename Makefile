@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python -m edit_core demo
 	$(BIN)/python tests/demo_comfyui.py
 
-# Under ten minutes on two cores; `make test-all` also runs what is marked slow (browsers, soaks, long fuzzing, …).
+# About ten minutes on two cores; `make test-all` also runs what is marked slow (browsers, soaks, long fuzzing, …).
 test: lint types
 	$(BIN)/python -m pytest -c tests/pytest.ini -n auto --maxprocesses 4 --dist loadfile $(NOT_SLOW) tests
 
@@ -61,7 +61,7 @@ world: $(READY)
 screens: $(READY)
 	$(BIN)/python tests/tools/make_screens.py
 
-# Twenty kills of a training of each backbone at random moments; `make test` has two.
+# Twenty kills of a training of each backbone at random moments; `make test` has two of one.
 kills: $(READY)
 	EDIT_TEST_KILLS=20 $(BIN)/python -m pytest -c tests/pytest.ini tests/test_distill.py -k random_moments
 

@@ -26,6 +26,7 @@ for path in sorted(FOLDER.glob("matrix_*.py")):
             ABOUT[node.name] = " ".join((ast.get_docstring(node) or "").split())
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI),
     pytest.mark.parametrize("backbone", models.BACKBONES),
     pytest.mark.parametrize("checkout", FOUND or [Path("none")], ids=lambda path: path.name),
@@ -64,7 +65,6 @@ def test_combination(checkout: Path, check: str, backbone: str, results: Any) ->
     judge(results("matrix", checkout)[f"{check}[{backbone}]"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("check", SLOW)
 def test_slow_combination(checkout: Path, check: str, backbone: str, results: Any) -> None:
     judge(results("matrix_slow", checkout)[f"{check}[{backbone}]"])
