@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from support import comfy
 from support.server import Server
-from support.workflows import NAMES, draw, write_stand_ins
+from support.workflows import NAMES, draw, furnished, write_stand_ins
 
 OUT = comfy.PACK / "out"
 
@@ -30,8 +30,7 @@ def main() -> None:
         for checkout in found:
             base = Path(temporary) / checkout.name
             base.mkdir()
-            (base / "models").symlink_to(files, target_is_directory=True)
-            with Server(checkout, base) as server:
+            with Server(checkout, furnished(base, checkout, files)) as server:
                 for name in NAMES:
                     start = time.perf_counter()
                     pictures = draw(server, name, whole=name.startswith("small_world") and name.endswith("_ab"))

@@ -186,6 +186,14 @@ def draw(
     return {node["inputs"]["filename_prefix"]: picture(server, result, key) for key, node in saves(prompt).items()}
 
 
+def furnished(base: Path, checkout: Path, model_files: Path) -> Path:
+    """An empty base directory, now with these models and the picture that ComfyUI comes with."""
+    (base / "models").symlink_to(model_files, target_is_directory=True)
+    (base / "input").mkdir()
+    shutil.copy(checkout / "input" / "example.png", base / "input")
+    return base
+
+
 @pytest.fixture(scope="module", params=comfy.checkouts() or [Path("none")], ids=lambda path: path.name)
 def server(
     request: pytest.FixtureRequest, model_files: Path, tmp_path_factory: pytest.TempPathFactory
@@ -193,10 +201,7 @@ def server(
     """One server per ComfyUI found, with the models that a test file's `model_files` gives."""
     if not comfy.checkouts():
         pytest.skip(comfy.NO_COMFYUI)
-    base = tmp_path_factory.mktemp(request.param.name)
-    (base / "models").symlink_to(model_files, target_is_directory=True)
-    (base / "input").mkdir()
-    shutil.copy(request.param / "input" / "example.png", base / "input")  # the picture that ComfyUI comes with
+    base = furnished(tmp_path_factory.mktemp(request.param.name), request.param, model_files)
     with Server(request.param, base) as running:
         yield running
 
