@@ -429,7 +429,8 @@ def _width(shapes: Mapping[str, tuple[int, ...]], backbone: str, config: EDiTCon
     if not config.side_weights:
         return width_of(shapes, _paths(backbone, _sites(shapes, backbone, config)), source)
     parts = {"compressor": "compress_k.conv", "conv_fusion": "conv_fusion_k.up", "mlp": "mlp_k.up", "plain": "local"}
-    part = {"conv_fusion": "conv_fusion.up", "mlp": "mlp_q.up"}.get(config.query) or parts[config.key]
+    queries = {"conv_fusion": "conv_fusion.up", "separable": "conv_fusion.up", "mlp": "mlp_q.up"}
+    part = queries.get(config.query) or parts[config.key]
     name = next((n for n in shapes if (match := _NAME.fullmatch(n)) and match[3] == f"{part}.weight"), None)
     if name is None or len(shapes[name]) < 2:
         raise EDiTWeightsError(f"{source}: holds no <block>.<site>.{part}.weight; it has no EDiT weights")
@@ -455,7 +456,7 @@ def _by(shape: Iterable[int]) -> str:
 
 
 def _initial(name: str, shape: tuple[int, ...], config: EDiTConfig, generator: torch.Generator) -> Tensor:
-    if name.endswith(".down.weight"):
+    if name.endswith((".down.weight", ".around.weight")):
         bound = math.sqrt(6 / math.prod(shape[1:]))  # He initialisation for a ReLU-like activation
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     if name.endswith(".norm.weight"):

@@ -24,7 +24,7 @@ from edit_core.attention import (
     naive,
     split_heads,
 )
-from edit_core.attention.linear import linear_attention_with_normaliser
+from edit_core.attention.linear import read, state
 from edit_core.attention.modules import as_nchw, as_tokens
 
 TOLERANCE = 2e-4  # float32 against float64, relative to the largest value
@@ -227,7 +227,7 @@ def test_the_result_of_linear_attention_lies_ready_for_the_output_projection() -
 
 def test_the_normaliser_is_the_denominator() -> None:
     q, k, v = (torch.rand(2, 3, 7, 4) for _ in range(3))
-    _, normaliser = linear_attention_with_normaliser(q, k, v, eps=0.5)
+    _, normaliser = read(q, state([(k, v)]), 0.5, v.dtype)
     close(normaliser, torch.einsum("bhnd,bhmd->bnh", q, k) + 0.5)
 
 

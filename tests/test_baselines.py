@@ -42,7 +42,8 @@ def configs(draw: st.DrawFn) -> EDiTConfig:
         return draw(st.sampled_from(choices))
 
     fields = {
-        "kernel": one_of("relu", "squared_relu", "elu", "softmax"), "query": one_of("conv_fusion", "mlp", "plain"),
+        "kernel": one_of("relu", "squared_relu", "elu", "softmax"),
+        "query": one_of("conv_fusion", "separable", "mlp", "plain"),
         "local": draw(st.booleans()),
     }  # fmt: skip
     if fields["kernel"] == "softmax":
@@ -55,7 +56,7 @@ def configs(draw: st.DrawFn) -> EDiTConfig:
             fields.update(normaliser=one_of("token_ratio", "exact"), softmax_features=one_of(*features))
     if fields["key"] == "compressor":
         fields["kv_stride"] = one_of(1, 2, 3)
-    if {fields["query"], fields["key"]} & {"conv_fusion", "mlp"}:
+    if {fields["query"], fields["key"]} & {"conv_fusion", "separable", "mlp"}:
         fields["compression"] = one_of(1, 2, 4)
     return EDiTConfig(**fields)
 
@@ -68,7 +69,7 @@ def trained(model: Any, preset: str, **kwargs: Any) -> EDiTWeights:
 # --- what they compute ---
 
 
-@settings(max_examples=150)  # there are 150 combinations of kernel, query, key, joint and local
+@settings(max_examples=200)  # there are 200 combinations of kernel, query, key, joint and local
 @given(batches, head_counts, head_dims, grids, configs(), st.booleans())
 def test_every_self_attention_equals_its_formula_in_values_and_gradients(
     b: int, h: int, d: int, grid: tuple[int, int], config: EDiTConfig, normed: bool
@@ -84,7 +85,7 @@ def test_every_self_attention_equals_its_formula_in_values_and_gradients(
     compare_gradients([fast], [*inputs, *module.parameters()], [slow], [*references, *state.values()], EXACT)
 
 
-@settings(max_examples=150)  # there are 150 combinations of kernel, query, key, joint and local
+@settings(max_examples=200)  # there are 200 combinations of kernel, query, key, joint and local
 @given(batches, head_counts, head_dims, grids, configs(), st.integers(1, 12), st.booleans())
 def test_every_joint_attention_equals_its_formula_in_values_and_gradients(
     b: int, h: int, d: int, grid: tuple[int, int], config: EDiTConfig, p: int, normed: bool
@@ -450,7 +451,7 @@ def test_init_takes_a_preset_and_changes_to_it(tmp_path: Path, capsys: pytest.Ca
             (["--preset", "linfusion", "--kernel", "relu", "--joint", "linear"],
              EDiTConfig(query="mlp", key="mlp", joint="linear")),
             (["--preset", "paper", "--query", "plain"], EDiTConfig(query="plain")),
-            (["--no-local"], EDiTConfig(key="plain", kernel="squared_relu")),
+            (["--no-local"], EDiTConfig(query="separable", key="plain", kernel="squared_relu")),
         )
     ):  # fmt: skip
         path = tmp_path / f"{i}.safetensors"

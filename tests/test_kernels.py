@@ -108,11 +108,12 @@ def test_group_norm_keeps_its_precision_far_from_zero(interpret: Call) -> None:
     [
         ("paper", {}),
         ("local", {}),
+        ("paper", {"query": "separable"}),
         ("sana", {}),
         ("linfusion", {"softmax_features": "post"}),
         ("paper", {"normaliser": "exact", "key": "conv_fusion"}),
     ],
-    ids=["paper", "local", "sana", "linfusion", "exact"],
+    ids=["paper", "local", "separable", "sana", "linfusion", "exact"],
 )
 def test_attentions_by_kernels_are_the_specifications(
     interpret: Call, preset: str, changes: dict[str, Any], joint: bool

@@ -39,7 +39,7 @@ grids = st.one_of(
 def config_of(preset: str, site: str = "self", exact: bool = False) -> EDiTConfig:
     """A preset with groups of two channels, and with the exact normaliser where it is asked for and known."""
     config = EDiTConfig.preset(preset)
-    changes: dict[str, Any] = {"groups": 2} if "conv_fusion" in (config.query, config.key) else {}
+    changes: dict[str, Any] = {"groups": 2} if {"conv_fusion", "separable"} & {config.query, config.key} else {}
     if exact and site == "joint" and config.joint == "hybrid" and config.kernel != "softmax":
         changes["normaliser"] = "exact"
     return EDiTConfig.preset(preset, **changes)

@@ -120,7 +120,7 @@ def test_wrong_metadata_is_one_clear_sentence(saved: Path, metadata: dict[str, s
         ({"1.self.local.weight": torch.zeros(72, 1, 5, 5)}, "72x1x5x5, but the config asks for 72x1x3x3"),
         ({"1.self.local.weight": torch.zeros(72, 1, 3, 3, dtype=torch.int64)}, "I64"),
         ({"1.self.conv_fusion.up.weight": torch.zeros(72, 9)}, "1.self.conv_fusion.up.weight is 72x9"),
-        ({"7.self.conv_fusion.up.weight": torch.zeros(72, 18)}, "7 tensors are missing, 7.self"),
+        ({"7.self.conv_fusion.up.weight": torch.zeros(72, 18)}, "9 tensors are missing, 7.self"),
     ],
 )
 def test_wrong_tensors_are_named_with_their_numbers(saved: Path, tensors: dict[str, Any], part: str) -> None:

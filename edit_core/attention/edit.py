@@ -95,8 +95,8 @@ class EDiTAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        if config.query == "conv_fusion":
-            self.conv_fusion = ConvFusion(dim, config, layers, device, dtype)
+        if config.query in ("conv_fusion", "separable"):
+            self.conv_fusion = ConvFusion(dim, config, layers, device, dtype, config.query == "separable")
         elif config.query == "mlp":
             self.mlp_q = MLPFusion(dim, config, layers, device, dtype)
         if config.key == "compressor":
@@ -118,7 +118,7 @@ class EDiTAttention(nn.Module):
 
     def _queries(self, x: Tensor, base: Projections, grid: Grid, heads: int, norm: Norm | None) -> Rows:
         """Normed queries, by slices of the tokens."""
-        fusion = {"conv_fusion": "conv_fusion", "mlp": "mlp_q"}.get(self.config.query)
+        fusion = {"conv_fusion": "conv_fusion", "separable": "conv_fusion", "mlp": "mlp_q"}.get(self.config.query)
         return self._rows(fusion, x, base.q, grid, heads, norm)
 
     def _keys(self, x: Tensor, base: Projections, grid: Grid, heads: int, norm: Norm | None) -> tuple[Rows, Tensor]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 __all__ = [
     "linear_attention",
-    "linear_attention_with_normaliser",
     "merge_heads",
     "read",
     "split_heads",
@@ -29,11 +28,6 @@ def split_heads(tokens: Tensor, heads: int) -> Tensor:
 def merge_heads(tokens: Tensor) -> Tensor:
     """`(B, h, N, d)` -> `(B, N, C)`, a view where the memory is `(B, N, h, d)`."""
     return tokens.transpose(1, 2).flatten(2)
-
-
-def linear_attention_with_normaliser(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """:func:`linear_attention` and its denominator `q·Σk + eps`, of shape `(B, N, h)`, at least float32."""
-    return read(q, state([(k, v)]), eps, v.dtype)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -66,7 +60,10 @@ def _state(k: Tensor, v: Tensor) -> Tensor:
 
 
 def read(q: Tensor, state: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What queries `(B, h, N, d)` find in a :func:`state`: rows `(B, h, N, d)` in a dtype, denominators `(B, N, h)`."""
+    """What queries `(B, h, N, d)` find in a :func:`state`: rows `(B, h, N, d)` in a dtype, and denominators.
+
+    A denominator is `q·Σk + eps`, of shape `(B, N, h)`, at least float32.
+    """
     d = q.shape[-1]
     # bfloat16 has float32's range, and its matrix product accumulates in float32. Float16 does not fit the sums.
     inner = torch.bfloat16 if q.dtype == torch.bfloat16 else state.dtype
@@ -94,4 +91,4 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tens
         `(B, h, N, d)` in v's dtype, a view of `(B, N, h, d)` memory. The sums over `j` are taken in float32, or in
         float64 for float64.
     """
-    return linear_attention_with_normaliser(q, k, v, eps)[0]
+    return read(q, state([(k, v)]), eps, v.dtype)[0]

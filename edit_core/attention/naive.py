@@ -60,8 +60,17 @@ def _tokens(image: Tensor) -> Tensor:
 
 
 def _bottleneck(x: Tensor, p: Params, name: str, grid: tuple[int, int], config: EDiTConfig) -> Tensor:
-    """`LeakyReLU(GroupNorm(Conv3x3(X)))`, `(B, C/r, H, W)`."""
-    u = F.conv2d(_image(x, grid), p[f"{name}.down.weight"], p[f"{name}.down.bias"], padding=1)
+    """`LeakyReLU(GroupNorm(Conv3x3(X)))`, `(B, C/r, H, W)`; separable: with `DepthwiseConv3x3(Linear(X))`."""
+    weight, bias = p[f"{name}.down.weight"], p[f"{name}.down.bias"]
+    if config.query == "separable" and name == "conv_fusion":
+        image, weight, bias = (
+            _image(F.linear(x, weight, bias), grid),
+            p[f"{name}.around.weight"],
+            p[f"{name}.around.bias"],
+        )
+        u = F.conv2d(image, weight, bias, padding=1, groups=len(weight))
+    else:
+        u = F.conv2d(_image(x, grid), weight, bias, padding=1)
     groups = math.gcd(config.groups, u.shape[1])
     return F.leaky_relu(F.group_norm(u, groups, p[f"{name}.norm.weight"], p[f"{name}.norm.bias"]))
 
@@ -129,7 +138,7 @@ def _features(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unrectified `q (B,h,N,d)`, `k, v (B,h,M,d)`."""
     q, k, v = base
-    if config.query == "conv_fusion":
+    if config.query in ("conv_fusion", "separable"):
         q = conv_fusion(x, q, p, grid, config)
     if config.query == "mlp":
         q = mlp_fusion(x, q, p)

@@ -45,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
         ("features_after_relu", "paper", {"softmax_features": "post"}),
         ("local_branch", "paper", {"local": True}),
         ("squared_relu", "paper", {"kernel": "squared_relu"}),
+        ("local_dense_conv", "local", {"query": "conv_fusion"}),
         ("local_no_conv_fusion", "local", {"query": "plain"}),
         ("side_alone", "paper", {}),
         ("no_transfer", "paper", {}),
@@ -54,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 METHODS["side_alone"]["trainable"] = "side"
 """What differs from the committed configuration, `world_<backbone>`. Ours are `local`, two of its parts alone, and it
-without ConvFusion."""
+with the paper's ConvFusion and without any."""
 LONGER = {"local_longer": 3}
 """How many times as many steps."""
 MIXED = {"pixart_sigma": "0-3, 5"}
