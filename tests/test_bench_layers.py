@@ -88,7 +88,7 @@ def test_the_command_saves_plots_verifies_and_prints(tmp_path: Path, capsys: pyt
     assert len(image.getcolors(1 << 20) or ()) > 4
 
 
-def test_the_readmes_preset_measures_layers_at_two_sizes_and_transformers_at_one(
+def test_the_readmes_preset_measures_layers_up_to_65536_tokens_and_transformers_at_two_sizes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     asked = []
@@ -106,12 +106,14 @@ def test_the_readmes_preset_measures_layers_at_two_sizes_and_transformers_at_one
     assert status == 0
     assert asked == [
         *(("layer", name, side, 1, torch.float32, 3) for name in models.BACKBONES for side in (1024, 2048)),
-        *(("transformer", name, 1024, 1, torch.float32, 3, 4, "all") for name in models.BACKBONES),
+        *(("layer", name, 4096, 1, torch.float32, 2) for name in models.BACKBONES),
+        *(("transformer", name, 1024, 1, torch.float32, 3, 2, "all") for name in models.BACKBONES),
+        *(("transformer", name, 2048, 1, torch.float32, 2, 1, "all") for name in models.BACKBONES),
     ]
-    assert len(json.loads(saved.read_text())) == 6
+    assert len(json.loads(saved.read_text())) == 10
     assert plotted.read_bytes().startswith(b"\x89PNG")
-    for title in ("teacher", "EDiT", "EDiT, local", "SANA-style", "LinFusion", "KV compression", "the limit"):
-        assert out.count(f"| {title} |") == 6
+    for title, sizes in (("teacher", 8), ("EDiT", 10), ("EDiT, local", 10), ("LinFusion", 4), ("the limit", 10)):
+        assert out.count(f"| {title} |") == sizes
     asked.clear()
     assert run(capsys, "--preset", "readme", "--blocks", 28)[0] == 0
     assert asked[-1][-2:] == (28, "all")

@@ -128,7 +128,7 @@ def test_bench_measures_both_models_and_saves(tmp_path: Path, capsys: pytest.Cap
         "--repeats", 2, "--dtype", "bfloat16", "--save", saved,
     )  # fmt: skip
     assert status == 0
-    assert "| PixArt-Σ, 1 blocks | 128² | 64 |" in out
+    assert "| PixArt-Σ, 1 block | 128² | 64 |" in out
     measured = json.loads(saved.read_text())
     assert [m["backbone"] for m in measured] == ["pixart_sigma", "sd35_medium"]
     for m in measured:

@@ -22,10 +22,9 @@ README = (comfy.PACK / "README.md").read_text(encoding="utf-8")
 def test_tables_are_those_of_the_measurements() -> None:
     fill = tool("fill_readme")
     assert fill.filled(README) == README
-    guide = (comfy.PACK / "docs" / "training.md").read_text(encoding="utf-8")
-    assert fill.filled_training(guide) == guide
-    world = (comfy.PACK / "docs" / "world.md").read_text(encoding="utf-8")
-    assert fill.filled_world(world) == world
+    for path, filled in fill.PAGES.items():
+        page = path.read_text(encoding="utf-8")
+        assert filled(page) == page, path.name
 
 
 def test_every_node_and_command_is_named() -> None:

@@ -62,7 +62,7 @@ class Measurement:
     @property
     def title(self) -> str:
         """What was called, for people."""
-        part = _LAYERS[self.backbone] if self.level == "layer" else f"{self.blocks} blocks"
+        part = _LAYERS[self.backbone] if self.level == "layer" else f"{self.blocks} block{'s' * (self.blocks > 1)}"
         return f"{BACKBONES[self.backbone].title}, {part}"
 
     def to_json(self) -> dict[str, Any]:

@@ -34,11 +34,13 @@ _DEFAULTS: dict[str, Any] = {
     "repeats": 3,
     "blocks": None,
 }
-_README = ["teacher", *PRESETS, "limit"]
+_LINEAR = ["paper", DEFAULT, "sana", "limit"]
 _PRESETS: dict[str, list[dict[str, Any]]] = {
     "readme": [
-        {"level": ["layer"], "contenders": _README, "sizes": [1024, 2048]},
-        {"level": ["transformer"], "contenders": _README, "blocks": 4},
+        {"level": ["layer"], "contenders": ["teacher", *PRESETS, "limit"], "sizes": [1024, 2048]},
+        {"level": ["layer"], "contenders": _LINEAR, "sizes": [4096], "repeats": 2},
+        {"level": ["transformer"], "contenders": ["teacher", *_LINEAR], "blocks": 2},
+        {"level": ["transformer"], "contenders": ["teacher", *_LINEAR], "sizes": [2048], "blocks": 1, "repeats": 2},
     ],
 }
 """By name, what differs from the defaults in each of its parts; `readme` measures what the README's table shows."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from edit_core.backbones import BACKBONES
 from edit_core.bench import Measurement, table
+from edit_core.bench.report import series, title_of
 from edit_core.world.table import METHODS, TEACHER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,16 +34,37 @@ def between(text: str, mark: str, new: str) -> str:
 
 def filled(readme: str) -> str:
     """The README with its tables of speed and quality."""
-    measurements = [Measurement.from_json(data) for data in json.loads(MEASUREMENTS.read_text(encoding="utf-8"))]
-    text = (
-        "Seconds per call at the real models' widths, with random weights: one layer's attention with its projections, "
-        "and the transformer, of which the table says how many blocks. The model's own attention (the teacher), EDiT, "
-        "what it is compared with and the limit (no attention at all between the projections) take turns; median, with "
-        "the fastest and slowest. "
-        "`make bench` measures it anew.\n\n" + table(measurements)
-    )
     rows = json.loads(WORLD.read_text(encoding="utf-8"))
-    return between(between(readme, "bench", text), "quality", quality_table(rows))
+    return between(between(readme, "bench", speed_table(measurements())), "quality", quality_table(rows))
+
+
+def measurements() -> list[Measurement]:
+    return [Measurement.from_json(data) for data in json.loads(MEASUREMENTS.read_text(encoding="utf-8"))]
+
+
+def speed_table(found: list[Measurement]) -> str:
+    """How many times as fast as the teacher each contender is, a line for each size that the teacher was timed at."""
+    timed = [m for group in series(found) for m in group.measurements if TEACHER in m.seconds]
+    names = [name for name in dict.fromkeys(name for m in timed for name in m.seconds) if name != TEACHER]
+    lines = [
+        "How many times as fast as the model's own attention, at the real models' widths with random weights; medians "
+        f"of calls that take turns. {timed[0].device}; {timed[0].dtype}; {timed[0].backend}. *The limit* has no "
+        "attention at all between the projections. [All figures, memory, and larger pictures](docs/speed.md); "
+        "`make bench` measures it anew.",
+        "",
+        f"| model | tokens | {' | '.join(map(title_of, names))} |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for m in timed:
+        speeds = [m.speed(name) if name in m.seconds else None for name in names]
+        cells = [m.title, f"{m.tokens:,}", *("–" if speed is None else f"{speed:.2f}×" for speed in speeds)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def filled_speed(page: str) -> str:
+    """The page about speed with all that was measured."""
+    return between(page, "bench", table(measurements()))
 
 
 def quality_table(rows: list[dict[str, Any]]) -> str:
@@ -155,6 +177,7 @@ def _about(backbone: str, run: dict[str, Any]) -> str:
 
 PAGES = {
     ROOT / "README.md": filled,
+    ROOT / "docs" / "speed.md": filled_speed,
     ROOT / "docs" / "training.md": filled_training,
     ROOT / "docs" / "world.md": filled_world,
 }
