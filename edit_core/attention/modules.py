@@ -76,9 +76,14 @@ class ConvFusion(nn.Module):
 
     def convolved(self, x: Tensor, grid: Grid) -> Tensor:
         """The 3x3 convolution of tokens `(B, N, C)`, dense or separable: `(B, C/r, H, W)`."""
-        if self.separable:
-            return self.around(as_nchw(self.down(x), grid))  # (B, C/r, H, W)
-        return self.down(as_nchw(x, grid))  # (B, C/r, H, W)
+        if not self.separable:
+            return self.down(as_nchw(x, grid))  # (B, C/r, H, W)
+        tokens = self.down(x)  # (B, N, C/r)
+        if kernels.chosen("depthwise", x, tokens, self.around.weight):  # as measured at the width of x
+            from ..kernels.attention import compressed
+
+            return as_nchw(compressed(self.around, tokens, grid), grid)  # (B, C/r, H, W)
+        return self.around(as_nchw(tokens, grid))  # (B, C/r, H, W)
 
     def gather(self, x: Tensor, grid: Grid) -> Tensor:
         """What takes a token's neighbours, or all of them, to know: `(B, N, C/r)` of tokens `(B, N, C)`."""

@@ -7,10 +7,13 @@ is written to BASE_DIRECTORY/results.json. A check returns figures to show; it f
 from __future__ import annotations
 
 import copy
+import importlib
+import os
 from typing import Any
 
 from host import (  # first, since it readies ComfyUI to be imported
     BACKBONES,
+    BASE,
     FILES,
     apply,
     error,
@@ -209,6 +212,22 @@ def check_interrupt_leaves_both_usable(b: str) -> Any:
         raise AssertionError("not interrupted")
     same(sample(base), plain, "base after an interrupt")
     same(sample(patched), want, "patched after an interrupt")
+    return None
+
+
+def check_min_tokens_auto_is_the_crossover_measured_here(b: str) -> Any:
+    base, w = load(b), weights(b)
+    core = type(w).__module__.rpartition(".")[0]
+    crossover = importlib.import_module(f"{core}.crossover")
+    plain, edit = sample(base), sample(apply(base, w))
+    kept, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME"), str(BASE / f"cache-{b}")
+    try:
+        name = crossover.key(b, base.model.get_dtype_inference(), base.load_device)
+        for tokens, want in ((341, plain), (340, edit)):  # latents of 34x40 are 17x20 tokens
+            crossover.save({name: tokens})
+            same(sample(apply(base, w, min_tokens=-1)), want, f"a crossover at {tokens} tokens")
+    finally:
+        os.environ.pop("XDG_CACHE_HOME") if kept is None else os.environ.update(XDG_CACHE_HOME=kept)
     return None
 
 

@@ -53,7 +53,7 @@ def cost_of(name: str, shapes: list[list[int]], hidden: int) -> Cost:
     sizes = [prod(shape) for shape in shapes if shape]
     if name in ("aten::addmm", "aten::mm"):
         left, right = [shape for shape in shapes if len(shape) == 2][-2:]
-        part = "ConvFusion" if right[0] == hidden else "projections and MLP"
+        part = "ConvFusion" if hidden in right else "projections and MLP"
         return Cost(part, 2 * prod(left) * right[1], 4 * (prod(left) + prod(right) + left[0] * right[1]))
     if name == "aten::bmm":
         left, right = shapes[:2]
@@ -66,7 +66,8 @@ def cost_of(name: str, shapes: list[list[int]], hidden: int) -> Cost:
         if weight[1] > 1:
             tokens = image[0] * image[2] * image[3]
             return Cost("ConvFusion", 2 * tokens * prod(weight), 4 * (prod(image) + prod(weight) + tokens * weight[0]))
-        return Cost("compressors, local branch", 18 * prod(image), 8 * prod(image))  # at stride 1; at 2 a quarter
+        part = "ConvFusion" if weight[0] == hidden else "compressors, local branch"
+        return Cost(part, 18 * prod(image), 8 * prod(image))  # at stride 1; at 2 a quarter
     if "_scaled_dot_product" in name:  # the kernel; what chooses it has the same name without the first underscore
         q, k = shapes[:2]
         return Cost("softmax attention", 4 * prod(q) * k[2], 8 * (prod(q) + prod(k)))
@@ -149,8 +150,8 @@ def main() -> None:
         f"in a product of large matrices, {bandwidth / 1e9:.1f} GB/s in a copy, both measured just before. A part's "
         "fraction of it is the time that its operations, or the bytes of its operators' inputs and outputs, would take "
         "at that speed, whichever is longer, over the time that it took; what stays in the cache can be above 100%. "
-        "*ConvFusion* holds both its convolutions and its GroupNorm; *K·V* and *Q·KV* are linear attention's two "
-        "products; *softmax attention* is all there is, cross-attention and prompt rows included.",
+        "*ConvFusion* holds its convolutions, its linears and its GroupNorm; *K·V* and *Q·KV* are the two products of "
+        "linear attention; *softmax attention* is all there is, cross-attention and prompt rows included.",
         *tables(flops, bandwidth),
     ]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
