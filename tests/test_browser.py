@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ pytest.importorskip(
 AB, CALIBRATE = "small_world_pixart_sigma_ab", "small_world_pixart_sigma_calibrate"
 BENCHMARK = "small_world_pixart_sigma_benchmark"
 BLOCKS = 6  # of the small world's models
+PLACES = {
+    "model_name": ".", "edit_name": "edit", "vae_name": "vae", "lora_name": "loras", "control_net_name": "controlnet",
+    **dict.fromkeys(("clip_name", "clip_name1", "clip_name2", "clip_name3"), "text_encoders"),
+}  # fmt: skip
+"""In which models folder a node's input names a file."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,10 +41,16 @@ server = workflows.server
 
 @pytest.fixture(scope="session")
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty models folder: the small world's files come with the pack."""
+    """A models folder of empty files: the small world's come with the pack, and no other template is run here."""
     folder = tmp_path_factory.mktemp("browser") / "models"
-    for name in ("diffusion_models", "checkpoints", "vae", "text_encoders", "edit"):
-        (folder / name).mkdir(parents=True)
+    for name in ("diffusion_models", "checkpoints", *PLACES.values()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name in workflows.NAMES:
+        if not name.startswith("small_world"):
+            for node in workflows.read_api(name).values():
+                for key, place in PLACES.items():
+                    if (file := node["inputs"].get(key)) is not None:
+                        (folder / place / file).touch()
     return folder
 
 
@@ -123,6 +135,23 @@ def check_slider(tab: Tab) -> None:
     assert abs(int(tab.page.locator(slider).get_attribute("aria-valuenow")) - 25) <= 1
     tab.page.keyboard.press("ArrowRight")
     assert abs(int(tab.page.locator(slider).get_attribute("aria-valuenow")) - 30) <= 1
+
+
+def open_every_template(tab: Tab, from_the_menu: bool) -> None:
+    for name in workflows.NAMES:
+        if from_the_menu:
+            tab.open_template(name)
+        else:
+            tab.load(name)
+        missing = tab.page.evaluate(
+            """() => app.graph._nodes.filter((node) => node.has_errors || !(node.type in
+              LiteGraph.registered_node_types)).map((node) => node.type)"""
+        )
+        assert missing == [], name
+        tab.page.evaluate("async () => { for (let i = 0; i < 20; i++) await new Promise(requestAnimationFrame); }")
+        assert tab.page.get_by_text(re.compile(r"errors? found|Missing")).count() == 0, name  # of node types or files
+    assert tab.complaints == []
+    assert tab.outside == set()
 
 
 def wait_for_curve(tab: Tab, vue: bool = False) -> None:
@@ -220,6 +249,14 @@ def test_help_pages_open_with_their_pictures(tab: Tab) -> None:
     assert tab.complaints == []
 
 
+def test_every_template_opens_from_the_menu(server: Server, browser: Any) -> None:
+    opened = Tab(browser, server)
+    try:
+        open_every_template(opened, from_the_menu=True)
+    finally:
+        opened.close()
+
+
 def test_picker_text_is_read_as_the_pack_reads_it(tab: Tab) -> None:
     texts = ["all", " None ", "0, 3-9, 27", "3-9,0", "5", "2 - 4", "1,,2", "", "first", "4-2", "-1", "0-27", "27-27, 0"]
     found = tab.page.evaluate(
@@ -287,3 +324,7 @@ def test_vue_nodes_show_badge_picker_slider_and_curve(vue_tab: Tab) -> None:
     tab.command("Comfy.Interrupt")
     assert tab.finish() == "interrupted"
     assert tab.complaints == []
+
+
+def test_every_template_opens_in_vue_nodes(vue_tab: Tab) -> None:
+    open_every_template(vue_tab, from_the_menu=False)

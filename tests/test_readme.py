@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def test_every_linked_file_exists() -> None:
         links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")) if "://" not in link]
         for link in links:
             assert (page.parent / link.partition("#")[0]).exists(), f"{page.name}: {link}"
+
+
+def test_help_pages_name_every_input_and_output_and_have_a_picture() -> None:
+    nodes = json.loads((comfy.PACK / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    for name, node in nodes.items():
+        page = (comfy.PACK / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert page.startswith(f"# {node['display_name']}\n"), name
+        assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(node["inputs"]), name
+        given = re.findall(r"^(?:- )?`(\w+)`[:,]", page, re.MULTILINE)
+        assert given == [output["name"] for output in node["outputs"].values()], name
+        assert f"](pictures/{name}.jpg)" in page
 
 
 def test_the_readme_is_read_in_one_sitting() -> None:

@@ -186,8 +186,10 @@ def test_every_node_is_served_and_every_input_has_a_tooltip(object_info: dict[st
 
 
 def test_english_names_and_tooltips_are_those_of_the_schemas(server: Server, object_info: dict[str, Any]) -> None:
-    english = json.loads((comfy.PACK / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
-    assert tool("make_locales").english_of(object_info) == english
+    make = tool("make_locales")
+    written = make.ENGLISH.read_text(encoding="utf-8")
+    assert make.text_of(object_info) == written
+    english = json.loads(written)
     served = server.get_json("/i18n")
     assert served["en"]["nodeDefs"] == english
     assert served["zh"]["nodeDefs"].keys() == english.keys()

@@ -85,8 +85,11 @@ class Tab:
     def open_template(self, name: str) -> None:
         """From the menu."""
         self.page.evaluate("() => { app.extensionManager.command.execute('Comfy.BrowseTemplates'); }")
-        self.page.get_by_text(PACK_NAME, exact=True).first.click()
-        self.page.get_by_text(name, exact=True).first.click()
+        menu = self.page.get_by_role("dialog")  # the pack's name is on its nodes as well
+        menu.get_by_text(PACK_NAME, exact=True).first.click()
+        menu.get_by_placeholder("Search").fill(name)  # the list grows only as it is scrolled
+        menu.get_by_text(name, exact=True).first.click()
+        menu.wait_for(state="hidden")  # else the next one may be opened in this one's stead, and go with it
         self._wait_for(name)
 
     def load(self, name: str) -> None:

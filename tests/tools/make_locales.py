@@ -36,10 +36,15 @@ def english_of(info: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def text_of(info: dict[str, Any]) -> str:
+    """What the file holds."""
+    return json.dumps(english_of(info), indent=2, ensure_ascii=False) + "\n"
+
+
 def main() -> None:
     info = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     ENGLISH.parent.mkdir(parents=True, exist_ok=True)
-    ENGLISH.write_text(json.dumps(english_of(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    ENGLISH.write_text(text_of(info), encoding="utf-8")
 
 
 if __name__ == "__main__":

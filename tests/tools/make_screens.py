@@ -25,6 +25,7 @@ AB, CALIBRATE = "small_world_pixart_sigma_ab", "small_world_pixart_sigma_calibra
 BENCHMARK = "small_world_pixart_sigma_benchmark"
 QUIET = {
     "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
     # Text at any size, under the names that it has had.
     "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
@@ -47,12 +48,26 @@ def save(png: bytes, path: Path, most: int, width: int | None = None) -> None:
     raise SystemExit(f"{path.name} has more than {most} bytes")
 
 
-def screen(tab: Tab, name: str) -> None:
-    tab.page.evaluate(
-        """async () => { app.canvas.deselectAll(); app.canvas.setDirty(true, true);
-          for (let i = 0; i < 8; i++) await new Promise(requestAnimationFrame); }"""
+def screen(tab: Tab, name: str, whole_graph: bool = False) -> None:
+    """The page, or what of it the graph fills."""
+    box = tab.page.evaluate(
+        """async ([whole, margin]) => {
+          app.canvas.deselectAll();
+          app.canvas.setDirty(true, true);
+          for (let i = 0; i < 8; i++) await new Promise(requestAnimationFrame);
+          if (!whole) return null;
+          const { scale, offset } = app.canvas.ds, { left, top } = app.canvas.canvas.getBoundingClientRect();
+          const boxes = [...app.graph._nodes, ...app.graph._groups].map((item) => [...item.boundingRect]);
+          const [x, y, right, bottom] = [
+            Math.min(...boxes.map((box) => box[0])), Math.min(...boxes.map((box) => box[1])),
+            Math.max(...boxes.map((box) => box[0] + box[2])), Math.max(...boxes.map((box) => box[1] + box[3])),
+          ];
+          return { x: (x + offset[0]) * scale + left - margin, y: (y + offset[1]) * scale + top - margin,
+            width: (right - x) * scale + 2 * margin, height: (bottom - y) * scale + 2 * margin };
+        }""",
+        [whole_graph, MARGIN],
     )
-    save(tab.page.screenshot(), SCREENS / f"{name}.jpg", SCREEN_BYTES, SCREEN_WIDTH)
+    save(tab.page.screenshot(clip=box), SCREENS / f"{name}.jpg", SCREEN_BYTES, SCREEN_WIDTH)
 
 
 def help_page(tab: Tab, kind: str, above: int = 0) -> None:
@@ -99,6 +114,7 @@ def fit(tab: Tab) -> None:
 
 def after_run(tab: Tab) -> None:
     tab.run()
+    tab.page.get_by_text("View all jobs").wait_for(state="hidden")  # the page learns late of the end
     pictures_loaded(tab)
 
 
@@ -138,12 +154,12 @@ def comparison(tab: Tab) -> None:
     tab._wait_for(AB)
     after_run(tab)
     fit(tab)
-    screen(tab, "template")
+    screen(tab, "template", whole_graph=True)
     for kind in ("EDiTLoadModel", "EDiTLoadWeights", "EDiTSmallWorldText"):
         help_page(tab, kind)
     tab.look_at("EDiTApply", SCALE)
     tab.drag(".edit-picker-strip", 0.3, 0.45)
-    tab.run()
+    after_run(tab)
     help_page(tab, "EDiTApply", above=22)
     tab.look_at("EDiTApply", 2)
     screen(tab, "picker")
@@ -173,6 +189,14 @@ def vue(tab: Tab) -> None:
     screen(tab, "vue_picker")
 
 
+def light(tab: Tab) -> None:
+    tab.load(AB)
+    after_run(tab)
+    tab.look_at("EDiTApply")
+    tab.settle(".edit-picker")
+    screen(tab, "light")
+
+
 def main() -> None:
     checkout = Path(sys.argv[1]) if len(sys.argv) > 1 else comfy.checkouts()[-1]
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
@@ -189,6 +213,10 @@ def main() -> None:
             server.post("/free", {"unload_models": True, "free_memory": True})  # cached nodes tell the page nothing
             tab = Tab(browser, server, vue=True, settings=QUIET)
             vue(tab)
+            tab.close()
+            server.post("/free", {"unload_models": True, "free_memory": True})
+            tab = Tab(browser, server, settings=QUIET | {"Comfy.ColorPalette": "light"})
+            light(tab)
             tab.close()
 
 
