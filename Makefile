@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 NOT_SLOW := -m 'not slow'
 
 .PHONY: demo test test-all lint types bench bench-kernels profile bench-training world screens kills faults fuzz \
-	matrix soak lock clean
+	matrix soak mutants lock clean
 
 demo: $(READY)
 	$(BIN)/python -m edit_core demo
@@ -75,6 +75,12 @@ faults: $(READY)
 FUZZ_COUNT ?= 200000
 fuzz: $(READY)
 	$(BIN)/python tests/tools/reliability.py fuzz $(FUZZ_COUNT)
+
+# Do the tests notice mistakes? Tries mutants for so long, on one core, and goes on where it ended, for
+# docs/reliability.md. The tests run in a copy of the repository.
+MINUTES ?= 45
+mutants: $(READY)
+	$(BIN)/python tests/tools/mutants.py --minutes $(MINUTES)
 
 # One complete set of versions with digests, for Linux, macOS and Windows.
 lock: $(READY)

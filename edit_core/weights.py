@@ -21,6 +21,7 @@ from .attention import SITES, LayerFactory
 from .backbones import BACKBONES, Base, identify_module
 from .config import EDiTConfig
 from .differences import (
+    PREFIX,
     Trainable,
     check_differences,
     check_trainable,
@@ -243,14 +244,30 @@ class EDiTWeights:
         return chosen
 
     def warning(self, base: Base, tensor: Callable[[str], Tensor]) -> str | None:
-        """A sentence if the base's fingerprint is not the one that these weights were made for."""
-        distance = fingerprint_distance(self.base_hash, fingerprint(base, tensor))
+        """A sentence if the base's fingerprint is not the one that these weights were made for, or is what their own
+        differences make of it. Those of low rank leave biases, and with them the fingerprint, as they are."""
+        found = fingerprint(base, tensor)
+        distance = fingerprint_distance(self.base_hash, found)
         if distance <= _SAME_BASE:
-            return None
+            if 2 * fingerprint_distance(self._merged_hash(base), found) >= distance:
+                return None
+            return (
+                "this base model seems to hold what these EDiT weights change in it already, as one that ModelSave "
+                "wrote of a student does, and now it is added once more; apply them to the base that they were made for"
+            )
         return (
             f"these EDiT weights were made for another base model (fingerprints differ by {distance:.2f}, the same "
             f"base stays under {_SAME_BASE}); the pictures will probably be poor"
         )
+
+    def _merged_hash(self, base: Base) -> str:
+        """The fingerprint of the base with these weights' differences in it."""
+        biases = {}
+        for block, sites in enumerate(base.sites):
+            output = next(x for x in base.backbone.linears(block, sites[0]) if x.name == "to_out")
+            bias = self.tensors.get(f"{PREFIX}{output.diffusers}.bias", torch.zeros(base.dim))
+            biases[base.prefix + base.backbone.output_bias(base, block)] = bias
+        return _encoded(_decoded(self.base_hash) + _decoded(fingerprint(base, biases.__getitem__)))
 
     def metadata(self) -> dict[str, str]:
         """What the file says of itself, as strings: format, backbone, config, base_hash and training."""
@@ -477,14 +494,22 @@ def fingerprint(base: Base, tensor: Callable[[str], Tensor]) -> str:
     for block in range(base.depth):
         bias = tensor(base.prefix + base.backbone.output_bias(base, block))
         places = torch.linspace(0, len(bias) - 1, _SAMPLES).round().long().to(bias.device)
-        samples.append(bias.detach()[places].float().cpu().bfloat16())
-    return base64.b64encode(torch.cat(samples).view(torch.uint8).numpy().tobytes()).decode()
+        samples.append(bias.detach()[places].float().cpu())
+    return _encoded(torch.cat(samples))
+
+
+def _encoded(values: Tensor) -> str:
+    return base64.b64encode(values.bfloat16().view(torch.uint8).numpy().tobytes()).decode()
+
+
+def _decoded(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16).float()
 
 
 def fingerprint_distance(a: str, b: str) -> float:
     """Relative distance of two fingerprints: 0 for the same base, near 1.4 for unrelated ones, inf for other sizes."""
     try:
-        left, right = (torch.frombuffer(bytearray(base64.b64decode(t)), dtype=torch.bfloat16).float() for t in (a, b))
+        left, right = _decoded(a), _decoded(b)
     except ValueError:
         return math.inf
     if left.shape != right.shape:

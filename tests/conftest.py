@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from support import comfy
 
@@ -17,6 +17,7 @@ from support import comfy
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 settings.register_profile("edit", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("unshrunk", settings.get_profile("edit"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("edit")
 
 

@@ -95,6 +95,21 @@ def test_every_linear_of_a_replaced_attention_has_one_and_no_other() -> None:
     assert sd35.transformer_blocks[2].attn.to_add_out is None
 
 
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_a_base_that_holds_them_already_is_told_of(backbone: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What ComfyUI's ModelSave writes of a student, and what `convert --merge` writes, has them in its weights."""
+    model, saved = models.make(backbone), models.make(backbone)
+    weights = trained(model, "full")
+    sides = merged_by_hand(saved, weights)
+    for dtype in (torch.float32, torch.bfloat16):
+        apply_edit(model.to(dtype), weights).remove()
+        apply_edit(saved.to(dtype), sides).remove()
+        assert "EDiT" not in caplog.text
+        apply_edit(saved, weights).remove()
+        assert "added once more" in caplog.text
+        caplog.clear()
+
+
 @torch.no_grad()
 def test_layers_choose_the_blocks_that_are_changed() -> None:
     model = models.sd35()

@@ -34,20 +34,31 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What a script's checks gave in a ComfyUI; each script runs once per ComfyUI, on first use."""
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A base directory per ComfyUI."""
 
     @functools.cache
-    def run(script: str, checkout: Path) -> dict[str, Any]:
-        base = tmp_path_factory.mktemp(f"{script}-{checkout.name}")
+    def made(checkout: Path) -> Path:
+        base = tmp_path_factory.mktemp(f"matrix-{checkout.name}")
         comfy.write_files(base)
-        found = comfy.run_checks(FOLDER / f"{script}.py", checkout, base)
+        return base
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(bases: Any) -> Any:
+    """What a script's checks gave in a ComfyUI, by name; all run at once and once, on first use, or a single one."""
+
+    @functools.cache
+    def run(script: str, checkout: Path, *only: str) -> dict[str, Any]:
+        found = comfy.run_checks(FOLDER / f"{script}.py", checkout, bases(checkout), *only)
         cells = {
             cell: {"about": ABOUT[cell.partition("[")[0]]}
             | {key: outcome[key] for key in ("ok", "figures") if key in outcome}
             for cell, outcome in found.items()
         }
-        record.record(script, checkout, cells)
+        record.record(script, checkout, cells, keep=bool(only))
         return found
 
     return run
@@ -67,4 +78,6 @@ def test_combination(checkout: Path, check: str, backbone: str, results: Any) ->
 
 @pytest.mark.parametrize("check", SLOW)
 def test_slow_combination(checkout: Path, check: str, backbone: str, results: Any) -> None:
-    judge(results("matrix_slow", checkout)[f"{check}[{backbone}]"])
+    """Each in a ComfyUI of its own, since one may take minutes."""
+    cell = f"{check}[{backbone}]"
+    judge(results("matrix_slow", checkout, cell)[cell])

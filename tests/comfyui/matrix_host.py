@@ -100,7 +100,8 @@ def agreement(
     """How large a change of teacher and student is, and how alike; of and from_ hold the teacher's and the student's.
 
     Raises:
-        AssertionError: one did not change, not as strongly as the other, or they changed in different directions.
+        AssertionError: one did not change (a hundred times what float32 leaves of two equal ones), not as strongly as
+            the other (a node that a model ignores or has twice would show), or they changed in different directions.
     """
     figures = {
         "change of the teacher": error(of[0], from_[0]),

@@ -65,7 +65,9 @@ def check_image_to_image(b: str) -> Any:
     of, from_ = (
         (draw(base, b, latent=picture, **half), draw(patched, b, latent=picture, **half)) for picture in pictures
     )
-    figures = agreement(of, from_, 0.7)
+    # At half the noise both are handed the same half of what changes. What each adds is at most as much again; if it
+    # had nothing in common, the cosine would be 1/2.
+    figures = agreement(of, from_, 0.5)
     figures["student against teacher"] = error(of[1], of[0])
     return figures
 
@@ -109,7 +111,7 @@ def check_area_conditioning(b: str) -> Any:
     both = nodes.ConditioningCombine().combine(text(b), area)[0]
     plain = from_noise(base, b, noise), from_noise(patched, b, noise)
     figures = agreement(
-        (from_noise(base, b, noise, positive=both), from_noise(patched, b, noise, positive=both)), plain, 0.2
+        (from_noise(base, b, noise, positive=both), from_noise(patched, b, noise, positive=both)), plain
     )
     figures["area against alone"] = error(inside, alone)
     assert figures["area against alone"] < 1e-5, figures
@@ -203,7 +205,8 @@ def cached(b: str, node: str, reaches: bool) -> dict[str, float]:
         same(draw(plain, b, **how), without, f"{name} afterwards")
         if reaches:
             assert sum(skipped) > 0 and figures[f"difference, {name}"] > 0, figures
-            assert figures[f"difference, {name}"] < 5 * figures["difference, teacher"], figures
+            # As alike in strength as agreement() asks; the direction is of a picture that fell apart.
+            assert 1 / 5 < figures[f"difference, {name}"] / figures["difference, teacher"] < 5, figures
         else:
             assert not sum(skipped) and figures[f"difference, {name}"] == 0, figures
     same(draw(apply(make(base), w), b, **how), draw(make(patched), b, **how), f"{node} before and after EDiT")
@@ -213,7 +216,8 @@ def cached(b: str, node: str, reaches: bool) -> dict[str, float]:
 def check_odd_and_long_sizes(b: str) -> Any:
     """Sizes that are not square, and for SD3.5 odd ones, which it pads: the student stays near the teacher."""
     base = teacher(b)
-    patched, figures = apply(base, side(b)), {}
+    patched, trained = apply(base, side(b)), (40, 40)
+    figures = {"as trained": error(draw(patched, b, 1, size=trained), draw(base, b, 1, size=trained))}
     for size in ((34, 36), (36, 34), (12, 54), (54, 12), (33, 39)):
         if b == "pixart_sigma" and size == (33, 39):
             user_error("multiples of 16", sample_world, patched, b, size)
@@ -221,7 +225,8 @@ def check_odd_and_long_sizes(b: str) -> Any:
         drawn = draw(patched, b, 1, size=size)
         assert drawn.shape[-2:] == size
         figures[f"{size[0]}x{size[1]}, student against teacher"] = error(drawn, draw(base, b, 1, size=size))
-    assert max(figures.values()) < 0.6, figures
+    # The worst of four or five is within half as much again of what the training left; at 1 it were unrelated.
+    assert max(figures.values()) < min(1.5 * figures["as trained"], 0.9), figures
     return figures
 
 

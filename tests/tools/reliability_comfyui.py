@@ -17,7 +17,16 @@ on a CPU, and written by `tests/tools/reliability_comfyui.py`; a cell may be fro
 models are the pack's small trained teachers and students, unless a cell says otherwise. A *change* is the relative
 difference that a node makes to the latent that KSampler gives; *cosine* says how far the teacher's and the student's
 change point the same way (unrelated ones have 0). A cell passes only if the base is bit-equal afterwards, the student
-too, and its figures are within the bounds that the test names.
+too, and its figures are within its bounds. Those follow from what is compared, not from what was measured:
+
+- the same computation by another way differs by less than 1e-4 where float32 adds up in another order, and by nothing
+  where it does not;
+- what a node does to the teacher and to the student has one direction, a cosine over 0.2 where unrelated pictures have
+  under 0.05, and one strength, within a factor of five: a node that one of them ignores, or has twice, would show;
+- from a picture at half the noise, the cosine is over 0.5, since half of the change is handed to both;
+- rounding the base to 8 or 4 bits costs the student at most half as much again as the teacher; and a LoRA, which is
+  rounded with the base, meets at most twice the noise, since the student's own differences are rounded too;
+- sizes that are not square cost at most half as much again as the size that the student was trained on.
 """
 
 
