@@ -21,24 +21,25 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tools")]
 
 from fill_readme import between
 from support import fuzz
+from support.models import BACKBONES
 
 RESULTS, PAGE = ROOT / "docs" / "reliability.json", ROOT / "docs" / "reliability.md"
 SHARES = {"weights": 0.7, "base": 0.15, "cache": 0.1, "config": 0.05}
 """Of the kinds of files, as in `make test`."""
+KILLS = "tests/test_distill.py::test_kills_at_random_moments_lose_nothing_but_steps_since_the_last_checkpoint"
 SUITES: dict[str, list[str]] = {
     "numbers": ["tests/test_numbers.py"],
     "hostile": ["tests/test_hostile_files.py"],
-    "faults": ["tests/test_faults.py", "tests/test_cache_restarts.py", "tests/test_distill.py::" + (
-        "test_kills_at_random_moments_lose_nothing_but_steps_since_the_last_checkpoint")],
-}  # fmt: skip
-"""Sections that are what tests found, and the tests."""
+    "faults": ["tests/test_faults.py", "tests/test_cache_restarts.py", *(f"{KILLS}[{b}]" for b in BACKBONES)],
+}
+"""Sections that are what tests found, and the tests, each of which may run by itself."""
 
 
-def tests(paths: list[str]) -> dict[str, Any]:
+def tests(path: str) -> dict[str, Any]:
     """Runs tests; how many passed, and the figures that they recorded, summed by name."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-c", "tests/pytest.ini", "-q", f"--junitxml={report}", *paths]
+        command = [sys.executable, "-m", "pytest", "-c", "tests/pytest.ini", "-q", f"--junitxml={report}", path]
         subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
@@ -76,11 +77,12 @@ def filled(page: str, results: dict[str, Any]) -> str:
         page = between(page, "fuzz", "\n".join(rows))
     for section in SUITES:
         if section in results:
-            found = results[section]
-            lines = [f"{found['tests']} tests passed."]
-            lines += [f"- {name}: {value:,}" for name, value in sorted(found["figures"].items())]
+            found = results[section].values()
+            figures = {name: value for part in found for name, value in part["figures"].items()}
+            lines = [f"{sum(part['tests'] for part in found)} tests passed."]
+            lines += [f"- {name}: {value:,}" for name, value in sorted(figures.items())]
             if section == "faults":
-                ended = sum(v for name, v in found["figures"].items() if name.startswith(("kills", "deaths")))
+                ended = sum(value for name, value in figures.items() if name.startswith(("kills", "deaths")))
                 lines.append(f"- **ended at some moment in all: {ended}; lost: 0**")
             page = between(page, section, "\n".join([lines[0], *([""] if lines[1:] else []), *lines[1:]]))
     return page
@@ -90,12 +92,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("section", choices=["fuzz", "page", *SUITES])
     parser.add_argument("count", nargs="?", type=int, default=200_000, help="of mutated files")
+    parser.add_argument("--only", default="", metavar="PART", help="tests whose path holds this; the others' stay")
     options = parser.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if options.section == "fuzz":
         results["fuzz"] = fuzzed(options.count)
     elif options.section != "page":
-        results[options.section] = tests(SUITES[options.section])
+        held = results.setdefault(options.section, {})
+        held |= {path: tests(path) for path in SUITES[options.section] if options.only in path}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
 

@@ -54,7 +54,7 @@ def matrix() -> list[str]:
         empty = sum(is_empty(outcome) for outcome in cells.values())
         passed = sum(outcome["ok"] for outcome in cells.values()) - empty
         lines += [f"- ComfyUI {version}: {passed} of {len(cells) - empty} cells pass; {empty} do not exist there."]
-        unmeasured = sorted({name for name in checks() if not any(name in cell for cell in cells)})
+        unmeasured = sorted({f"{name}[{backbone}]" for name in checks() for backbone in BACKBONES} - cells.keys())
         lines += [f"  Without figures as yet: {', '.join(unmeasured)}."] if unmeasured else []
     for version in versions:
         for backbone, title in BACKBONES.items():
