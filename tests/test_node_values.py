@@ -33,6 +33,8 @@ OURS = re.compile(r"\.edit_core\.errors\.EDiT\w*Error$")
 REFUSALS = {"custom_validation_failed", "value_not_in_list", "value_smaller_than_min", "value_bigger_than_max"}
 LARGEST_SIDE = 320
 """Of what is benchmarked here; a CPU needs minutes for the largest that the node takes."""
+RUN_THE_MODEL = ("EDiTCalibrate", "EDiTLayerReport")
+"""For every example, so that they take a minute each."""
 
 LAYERS = ["all", "none", "0", "1", "0-1", "0, 1", " ALL ", "1-0", "0;1", "-1", "0-", "5-7", "9" * 40]
 LAYERS.append("0-999999," * 500 + "0-999999")
@@ -189,7 +191,9 @@ def check(answer: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("links", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["widgets", "links"])
-@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize(
+    "node", [pytest.param(node, marks=pytest.mark.slow) if node in RUN_THE_MODEL else node for node in NODES]
+)
 def test_any_value_gives_a_result_or_one_clear_error(host: Host, node: str, links: bool) -> None:
     outcomes: dict[str, int] = {}
 
