@@ -37,6 +37,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """By name, what differs from the fields' defaults; see :meth:`EDiTConfig.preset`."""
 
+QUERY_PARTS = {"conv_fusion": "conv_fusion", "separable": "conv_fusion", "mlp": "mlp_q"}
+KEY_PARTS = {"conv_fusion": "conv_fusion_k", "mlp": "mlp_k"}
+"""By `query` and `key`, what is added to queries and keys, as modules and weights files name it."""
+
 DEFAULT = "local"
 """The preset of new students: what docs/world.md found nearest to its teachers, at less than the paper's cost.
 

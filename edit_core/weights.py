@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .attention import SITES, LayerFactory
 from .backbones import BACKBONES, Base, identify_module
-from .config import EDiTConfig
+from .config import KEY_PARTS, QUERY_PARTS, EDiTConfig
 from .differences import (
     PREFIX,
     Trainable,
@@ -445,9 +445,8 @@ def _width(shapes: Mapping[str, tuple[int, ...]], backbone: str, config: EDiTCon
     """
     if not config.side_weights:
         return width_of(shapes, _paths(backbone, _sites(shapes, backbone, config)), source)
-    parts = {"compressor": "compress_k.conv", "conv_fusion": "conv_fusion_k.up", "mlp": "mlp_k.up", "plain": "local"}
-    queries = {"conv_fusion": "conv_fusion.up", "separable": "conv_fusion.up", "mlp": "mlp_q.up"}
-    part = queries.get(config.query) or parts[config.key]
+    fusion = QUERY_PARTS.get(config.query) or KEY_PARTS.get(config.key)
+    part = f"{fusion}.up" if fusion else {"compressor": "compress_k.conv", "plain": "local"}[config.key]
     name = next((n for n in shapes if (match := _NAME.fullmatch(n)) and match[3] == f"{part}.weight"), None)
     if name is None or len(shapes[name]) < 2:
         raise EDiTWeightsError(f"{source}: holds no <block>.<site>.{part}.weight; it has no EDiT weights")

@@ -22,7 +22,6 @@ README = (comfy.PACK / "README.md").read_text(encoding="utf-8")
 
 def test_tables_are_those_of_the_measurements() -> None:
     fill = tool("fill_readme")
-    assert fill.filled(README) == README
     for path, filled in fill.PAGES.items():
         page = path.read_text(encoding="utf-8")
         assert filled(page) == page, path.name

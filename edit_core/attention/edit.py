@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from ..config import EDiTConfig
+from ..config import KEY_PARTS, QUERY_PARTS, EDiTConfig
 from .linear import merge_heads, read, split_heads, state, without_autocast
 from .modules import ConvFusion, Grid, LayerFactory, MLPFusion, SpatialCompressor, as_nchw, as_tokens
 from .slices import by_bands, joined, slices, written
@@ -118,16 +118,14 @@ class EDiTAttention(nn.Module):
 
     def _queries(self, x: Tensor, base: Projections, grid: Grid, heads: int, norm: Norm | None) -> Rows:
         """Normed queries, by slices of the tokens."""
-        fusion = {"conv_fusion": "conv_fusion", "separable": "conv_fusion", "mlp": "mlp_q"}.get(self.config.query)
-        return self._rows(fusion, x, base.q, grid, heads, norm)
+        return self._rows(QUERY_PARTS.get(self.config.query), x, base.q, grid, heads, norm)
 
     def _keys(self, x: Tensor, base: Projections, grid: Grid, heads: int, norm: Norm | None) -> tuple[Rows, Tensor]:
         """Normed keys by slices of them, and the values `(B, M, C)`."""
-        fusion = {"conv_fusion": "conv_fusion_k", "mlp": "mlp_k"}.get(self.config.key)
         k, v = base.k, base.v
         if self.config.key == "compressor":
             k, v = self.compress_k(k, grid), self.compress_v(v, grid)  # (B, M, C)
-        return self._rows(fusion, x, k, grid, heads, norm), v
+        return self._rows(KEY_PARTS.get(self.config.key), x, k, grid, heads, norm), v
 
     def _rows(self, fusion: str | None, x: Tensor, tokens: Tensor, grid: Grid, heads: int, norm: Norm | None) -> Rows:
         """Queries or keys: what the base projected, with what a fusion adds to it, normed."""

@@ -40,6 +40,19 @@ def as_tokens(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def depthwise(conv: Any, tokens: Tensor, grid: Grid, like: Tensor, stride: int = 1) -> Tensor:
+    """A depthwise 3x3 convolution of tokens `(B, N, C')`, as a kernel where that was measured to win: `(B, M, C')`.
+
+    Args:
+        like: tokens `(B, N, C)` of the base's width, for which kernels are measured.
+    """
+    if kernels.chosen("depthwise", like, tokens, conv.weight):
+        from ..kernels.attention import compressed
+
+        return compressed(conv, tokens, grid)
+    return as_tokens(by_bands(conv, as_nchw(tokens, grid), stride))
+
+
 class ConvFusion(nn.Module):
     """Adds what a token's neighbours know to its query (or, in an ablation of the paper, to its key).
 
@@ -75,19 +88,14 @@ class ConvFusion(nn.Module):
         self.up = layers.Linear(hidden, dim, device=device, dtype=dtype)  # a 1x1 convolution over tokens
 
     def convolved(self, x: Tensor, grid: Grid) -> Tensor:
-        """The 3x3 convolution of tokens `(B, N, C)`, dense or separable: `(B, C/r, H, W)`."""
-        if not self.separable:
-            return self.down(as_nchw(x, grid))  # (B, C/r, H, W)
-        tokens = self.down(x)  # (B, N, C/r)
-        if kernels.chosen("depthwise", x, tokens, self.around.weight):  # as measured at the width of x
-            from ..kernels.attention import compressed
-
-            return as_nchw(compressed(self.around, tokens, grid), grid)  # (B, C/r, H, W)
-        return self.around(as_nchw(tokens, grid))  # (B, C/r, H, W)
+        """The 3x3 convolution of tokens `(B, N, C)`, dense or separable: `(B, N, C/r)`."""
+        if self.separable:
+            return depthwise(self.around, self.down(x), grid, x)  # (B, N, C/r)
+        return as_tokens(self.down(as_nchw(x, grid)))  # (B, N, C/r)
 
     def gather(self, x: Tensor, grid: Grid) -> Tensor:
         """What takes a token's neighbours, or all of them, to know: `(B, N, C/r)` of tokens `(B, N, C)`."""
-        u = self.convolved(x, grid)  # (B, C/r, H, W)
+        u = as_nchw(self.convolved(x, grid), grid)  # (B, C/r, H, W)
         return as_tokens(F.leaky_relu(self.norm(u)))  # (B, N, C/r)
 
     def add(self, gathered: Tensor, q: Tensor) -> Tensor:
@@ -163,8 +171,4 @@ class SpatialCompressor(nn.Module):
         )
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        if kernels.chosen("depthwise", tokens, self.conv.weight):
-            from ..kernels.attention import compressed
-
-            return compressed(self.conv, tokens, grid)
-        return as_tokens(by_bands(self.conv, as_nchw(tokens, grid), self.stride))  # (B, M, C)
+        return depthwise(self.conv, tokens, grid, tokens, self.stride)  # (B, M, C)

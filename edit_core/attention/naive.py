@@ -63,11 +63,8 @@ def _bottleneck(x: Tensor, p: Params, name: str, grid: tuple[int, int], config: 
     """`LeakyReLU(GroupNorm(Conv3x3(X)))`, `(B, C/r, H, W)`; separable: with `DepthwiseConv3x3(Linear(X))`."""
     weight, bias = p[f"{name}.down.weight"], p[f"{name}.down.bias"]
     if config.query == "separable" and name == "conv_fusion":
-        image, weight, bias = (
-            _image(F.linear(x, weight, bias), grid),
-            p[f"{name}.around.weight"],
-            p[f"{name}.around.bias"],
-        )
+        image = _image(F.linear(x, weight, bias), grid)
+        weight, bias = p[f"{name}.around.weight"], p[f"{name}.around.bias"]
         u = F.conv2d(image, weight, bias, padding=1, groups=len(weight))
     else:
         u = F.conv2d(_image(x, grid), weight, bias, padding=1)

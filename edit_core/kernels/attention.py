@@ -81,8 +81,7 @@ def _image(
 
 def fused_queries(fusion: ConvFusion, x: Tensor, q: Tensor, grid: Grid) -> Tensor:
     """What :meth:`ConvFusion.forward` computes, with the same arguments: `(B, N, C)`."""
-    u = fusion.convolved(x, grid)  # (B, C/r, H, W)
-    tokens = u.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, C/r)
+    tokens = fusion.convolved(x, grid)  # (B, N, C/r)
     norm, up = fusion.norm, fusion.up
     return conv_fusion(tokens, q, norm.weight, norm.bias, norm.num_groups, norm.eps, up.weight, up.bias)
 
