@@ -66,8 +66,8 @@ def check_image_to_image(b: str) -> Any:
         (draw(base, b, latent=picture, **half), draw(patched, b, latent=picture, **half)) for picture in pictures
     )
     # At half the noise both are handed the same half of what changes. What each adds is at most as much again; if it
-    # had nothing in common, the cosine would be 1/2.
-    figures = agreement(of, from_, 0.5)
+    # had nothing in common, the cosine would be 1/2, and most of it has.
+    figures = agreement(of, from_, 0.7)
     figures["student against teacher"] = error(of[1], of[0])
     return figures
 
@@ -225,8 +225,8 @@ def check_odd_and_long_sizes(b: str) -> Any:
         drawn = draw(patched, b, 1, size=size)
         assert drawn.shape[-2:] == size
         figures[f"{size[0]}x{size[1]}, student against teacher"] = error(drawn, draw(base, b, 1, size=size))
-    # The worst of four or five is within half as much again of what the training left; at 1 it were unrelated.
-    assert max(figures.values()) < min(1.5 * figures["as trained"], 0.9), figures
+    # The worst of four or five is within half as much again of what the training left, and far from unrelated, at 1.
+    assert max(figures.values()) < min(1.5 * figures["as trained"], 0.6), figures
     return figures
 
 
