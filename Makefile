@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch --editable '.[dev]'
 	touch $@
 
-# The README's table of speeds: both models at full width, 40 minutes and 8 GB on two cores.
+# The README's table of speeds: both models at full width, half an hour and 8 GB on two cores.
 bench: $(READY)
 	mkdir -p docs
 	$(BIN)/python -m edit_core bench --preset readme --verify --save docs/bench_cpu.json --plot docs/bench_cpu.png
