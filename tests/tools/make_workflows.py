@@ -156,7 +156,7 @@ def groups_of(model: Model, kind: str) -> list[Group]:
         reported = [report, layers, applied]
         variants = {"_calibrated": applied}
     elif edit:
-        weights = Node("EDiTLoadWeights", "Load EDiT weights", {"edit_name": model.edit_file}, (340, 60))
+        weights = Node("EDiTLoadWeights", "Load EDiT weights", {"edit_name": model.edit_file}, (340, 80))
         applied = applied_of(base_trunk[0], weights[0])
         patches += [weights, applied]
         variants = {"_base": base_trunk, "_edit": applied} if both else {"_edit": applied}
