@@ -17,7 +17,7 @@ from support import models
 from test_attention import HeadNorm, batches, close, compare_gradients, double, grids, head_dims, randomised, sample
 from test_differences import merged_by_hand
 from test_weights import metadata_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from edit_core import EDiTConfig, EDiTConfigError, EDiTError, EDiTModelError, EDiTWeights, EDiTWeightsError, apply_edit
 from edit_core.attention import EDiTAttention, HybridAttention, Projections, merge_heads, naive, split_heads
@@ -253,6 +253,30 @@ def test_a_step_against_the_gradient_brings_it_nearer_to_the_teacher(backbone: s
                     p -= 1e-2 * p.grad / p.grad.norm().clamp(min=1e-12)
                     p.grad = None
     assert losses[1] < 0.999 * losses[0], losses
+
+
+@pytest.mark.parametrize("kind", [EDiTAttention, HybridAttention])
+@given(configs())
+def test_all_layers_are_made_by_the_factory_on_the_device_and_in_the_dtype_asked_for(
+    kind: type[EDiTAttention], config: EDiTConfig
+) -> None:
+    module = kind(72, config, OwnLayers, torch.device("meta"), torch.float16)
+    made = {(p.device.type, p.dtype) for p in module.parameters()}
+    assert made <= {("meta", torch.float16)}
+    leaves = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
+    assert all(type(m).__qualname__.startswith("OwnLayers.") for m in leaves), leaves
+
+
+class OwnLayers:
+    """A host's own kinds of layers."""
+
+    class Linear(nn.Linear): ...
+
+    class Conv2d(nn.Conv2d): ...
+
+    class GroupNorm(nn.GroupNorm): ...
+
+    class LayerNorm(nn.LayerNorm): ...
 
 
 def test_new_ones_start_at_the_teachers_queries_and_keys() -> None:

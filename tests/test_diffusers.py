@@ -179,6 +179,16 @@ def test_a_call_that_stays_dense_says_why_once(caplog: pytest.LogCaptureFixture)
     ]
 
 
+def test_blocks_that_are_left_out_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = models.sd35()
+    weights = models.trained_like(model)
+    with caplog.at_level(logging.INFO, "edit_core"):
+        apply_edit(model, weights).remove()
+        assert not caplog.messages
+        apply_edit(model, weights, layers="1").remove()
+    assert caplog.messages == ["EDiT: blocks 0, 2 stay dense: not listed or without weights"]
+
+
 def test_weights_for_another_base_warn(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "edit_core"):
         apply_edit(models.pixart(seed=1), EDiTWeights.init(models.pixart(seed=2))).remove()

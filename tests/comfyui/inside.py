@@ -190,6 +190,8 @@ def check_side_weights_are_loaded_and_counted(b: str) -> Any:
     assert any(m is side.model for m in loaded), "side weights are not among the loaded models"
     want = sum(t.numel() * t.element_size() for t in side.model.state_dict().values())
     assert side.model_size() == want > 0
+    factory, (of, blocks, dtype) = side.cached_patcher_init
+    assert factory(of, blocks, torch.bfloat16).model_size() * dtype.itemsize == 2 * want, "not in the dtype asked for"
     comfy.model_management.unload_all_models()
     for module in base.model.modules():
         assert "forward" not in module.__dict__, "a replaced forward was left behind"
@@ -244,7 +246,8 @@ def check_what_stays_dense_says_why_once(b: str) -> Any:
     with logged() as lines:
         same(sample(apply(base, w, layers="none")), plain, "no layer")
         apply(base, w, layers="1")
-    assert any("stay dense: not listed" in line for line in lines), lines
+    rest = [line for line in lines if "stay dense: not listed or without weights" in line]
+    assert any("EDiT: blocks 0" in line for line in rest), lines
     early, late = (sample(apply(base, w, start_percent=a, end_percent=z), steps=4) for a, z in ((0, 0.5), (0.5, 1)))
     dense, full = sample(base, steps=4), sample(apply(base, w), steps=4)
     for a, z in ((early, dense), (early, full), (late, dense), (late, full), (early, late)):
