@@ -71,6 +71,23 @@ def test_anything_else_is_named_for_what_it_is(keys: dict[str, tuple[int, ...]],
     assert "EDiT works on PixArt-Σ and Stable Diffusion 3.5-Medium" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        ({**PIXART, "blocks.27.attn.proj.bias": (1152, 2)}, "blocks.27.attn.proj.bias is 1152x2"),
+        ({**SD35, "joint_blocks.3.x_block.attn.proj.bias": ()}, "joint_blocks.3.x_block.attn.proj.bias is a scalar"),
+        ({**SD35, "joint_blocks.0.x_block.attn.proj.bias": (1,) * 50}, f"proj.bias is {'x'.join('1' * 8)}"),
+        ({key: (0,) if key.endswith("attn.proj.bias") else of for key, of in PIXART.items()}, "attn.proj.bias is 0"),
+    ],
+    ids=["matrix", "scalar", "long", "empty"],
+)
+def test_a_block_of_another_width_is_named(keys: dict[str, tuple[int, ...]], found: str) -> None:
+    with pytest.raises(EDiTModelError) as caught:
+        identify(keys, "model.safetensors")
+    assert str(caught.value).startswith("model.safetensors is damaged: its ")
+    assert str(caught.value).endswith(f"{found}, not one number per channel")
+
+
 def test_a_third_backbone_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pixart_omega.py").write_text(
         "from edit_core.backbones.pixart_sigma import PixArtSigma\n"
