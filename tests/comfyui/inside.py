@@ -273,6 +273,19 @@ def check_tokens_that_do_not_fill_the_grid_stay_dense(b: str) -> Any:
     return None
 
 
+def check_another_packs_wrapper_may_pass_on_by_name(b: str) -> Any:
+    base, w = load(b), weights(b)
+    want = sample(apply(base, w, start_percent=0.5), steps=4)
+
+    def by_name(executor, x, t, c_concat, c_crossattn, control, transformer_options, **k):
+        call = {"c_concat": c_concat, "c_crossattn": c_crossattn, "control": control}
+        return executor(x, t, transformer_options=transformer_options, **call, **k)
+
+    base.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "test", by_name)  # around EDiT's
+    same(sample(apply(base, w, start_percent=0.5), steps=4), want, "passed on by name")
+    return None
+
+
 def check_other_packs_forward_patch_is_warned_of_and_restored(b: str) -> Any:
     base, w = load(b), weights(b)
     path = {"pixart_sigma": "diffusion_model.blocks.0.attn", "sd35_medium": "diffusion_model.joint_blocks.0"}[b]

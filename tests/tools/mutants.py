@@ -55,6 +55,7 @@ CHECKS = (
     "check_edit_changes_the_output_and_leaves_the_base_bit_equal",
     "check_what_stays_dense_says_why_once",
     "check_tokens_that_do_not_fill_the_grid_stay_dense",
+    "check_another_packs_wrapper_may_pass_on_by_name",
     "check_other_packs_forward_patch_is_warned_of_and_restored",
     "check_clones_do_not_change_their_parent",
     "check_low_precision_bases_keep_the_fingerprint",
