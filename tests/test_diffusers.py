@@ -179,6 +179,20 @@ def test_a_call_that_stays_dense_says_why_once(caplog: pytest.LogCaptureFixture)
     ]
 
 
+@torch.no_grad()
+def test_a_mask_on_image_tokens_is_honoured_by_staying_dense(caplog: pytest.LogCaptureFixture) -> None:
+    model = models.pixart()
+    weights = models.trained_like(model)
+    mask = (torch.arange(17 * 20) % 3 > 0).long().expand(2, -1)
+    expected = models.forward(model, attention_mask=mask)
+    assert not torch.equal(expected, models.forward(model))
+    with apply_edit(model, weights), caplog.at_level(logging.WARNING, "edit_core"):
+        assert torch.equal(models.forward(model, attention_mask=mask), expected)
+    assert caplog.messages == [
+        "EDiT: stays dense: an attention mask on image tokens, which linear attention cannot honour"
+    ]
+
+
 def test_blocks_that_are_left_out_are_named(caplog: pytest.LogCaptureFixture) -> None:
     model = models.sd35()
     weights = models.trained_like(model)

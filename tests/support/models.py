@@ -47,7 +47,9 @@ def make(backbone: str, **kwargs: Any) -> Any:
     return {"pixart_sigma": pixart, "sd35_medium": sd35}[backbone](**kwargs)
 
 
-def forward(model: Any, height: int = 34, width: int = 40, batch: int = 2, prompt: int = 7, seed: int = 5) -> Tensor:
+def forward(
+    model: Any, height: int = 34, width: int = 40, batch: int = 2, prompt: int = 7, seed: int = 5, **more: Any
+) -> Tensor:
     """The transformer's output on random inputs."""
     generator = torch.Generator().manual_seed(seed)
     dtype = model.dtype
@@ -61,7 +63,7 @@ def forward(model: Any, height: int = 34, width: int = 40, batch: int = 2, promp
     latent = torch.randn(batch, channels, height, width, generator=generator).to(dtype)
     caption = torch.randn(batch, prompt, context, generator=generator).to(dtype)
     timestep = torch.tensor([300] * batch)
-    return model(latent, encoder_hidden_states=caption, timestep=timestep, **extra).sample
+    return model(latent, encoder_hidden_states=caption, timestep=timestep, **extra, **more).sample
 
 
 def trained_like(model: Any, seed: int = 3, **kwargs: Any) -> EDiTWeights:
