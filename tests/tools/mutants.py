@@ -67,6 +67,8 @@ CHECKS = (
 )
 """What `comfyui` stands for: those of the checks in ComfyUI that patching could fail, on SD3.5, whose smallest model is
 the quicker; the last two on both."""
+MATRIX = "check_a_clone_dropped_while_sampling_takes_nothing_along[sd35_medium]"
+"""And of the composition matrix."""
 LIMIT = 400
 """Seconds for one mutant; one that ends nothing before is taken for an endless loop, which is a failure too."""
 
@@ -145,12 +147,14 @@ def in_comfyui() -> str | None:
     checkout, base = max(comfy.checkouts(), key=comfy.version), Path("base").resolve()
     if not base.exists():
         comfy.write_files(base)
-    (base / "results.json").unlink(missing_ok=True)
     cells = [f"{check}[sd35_medium]" for check in CHECKS] + [f"{check}[pixart_sigma]" for check in CHECKS[-2:]]
-    found = comfy.run_checks(test_comfyui.INSIDE, checkout, base, *cells)
-    for cell, outcome in found.items():
-        if not outcome["ok"]:
-            return cell
+    found: dict[str, Any] = {}
+    for script, wanted in ((test_comfyui.INSIDE, cells), (test_comfyui.INSIDE.with_name("matrix.py"), [MATRIX])):
+        (base / "results.json").unlink(missing_ok=True)
+        found |= comfy.run_checks(script, checkout, base, *wanted)
+        for cell, outcome in found.items():
+            if not outcome["ok"]:
+                return cell
     for backbone in models.BACKBONES:
         for kind in ("edit", "low_rank", "full"):
             try:
