@@ -15,7 +15,7 @@ demo: $(READY)
 
 # Ten to thirteen minutes on two cores; `make test-all` also runs what is marked slow (browsers, soaks, long fuzzing, …).
 test: lint types
-	$(BIN)/python -m pytest -c tests/pytest.ini -n auto --maxprocesses 4 --dist loadfile $(NOT_SLOW) tests
+	$(BIN)/python -m pytest -c tests/pytest.ini -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(NOT_SLOW) tests
 
 test-all: NOT_SLOW :=
 test-all: test

@@ -21,9 +21,14 @@ settings.register_profile("unshrunk", settings.get_profile("edit"), phases=(Phas
 settings.load_profile("edit")
 
 
+LONGEST = ("test_teaching_comfyui", "test_workflows", "test_end_to_end", "test_comfyui", "test_faults")
+"""Files that take a minute or two each; the other workers would wait for one of these if it came last."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`make test` has time for the newest ComfyUI that is found; the others are for `make test-all`."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
     found = comfy.checkouts()
     older = set(found) - {max(found, key=comfy.version)} if found else set()
     for item in items:

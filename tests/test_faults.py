@@ -73,6 +73,7 @@ START, CHECKPOINT = 4, 14
 """File operations with which a resumed run takes later records out of its metrics, and of one checkpoint."""
 
 
+@pytest.mark.slow
 def test_killed_before_every_file_operation_it_goes_on_as_if_never_stopped(
     prepared: Any, straight: Callable[[str], Path], forks: faults.Forks, tmp_path: Path, record_property: Any
 ) -> None:
@@ -261,7 +262,7 @@ def test_no_room_is_one_sentence_and_with_room_the_run_goes_on_to_the_same_weigh
         ("pixart_sigma", "none"),
         ("pixart_sigma", "for a few records"),
         ("pixart_sigma", "for two checkpoints"),
-        ("sd35_medium", "for two checkpoints"),
+        pytest.param("sd35_medium", "for two checkpoints", marks=pytest.mark.slow),
     ],
 )
 def test_on_a_disk_that_is_really_full_the_checkpoints_so_far_are_whole(

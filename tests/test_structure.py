@@ -203,7 +203,7 @@ def test_a_layer_in_comfyui_calls_its_bases_qkv_once() -> None:
     assert calls == {"qkv": 1, "proj": 1}
 
 
-@pytest.mark.parametrize("preset", ["paper", "local"])
+@pytest.mark.parametrize("preset", [pytest.param("paper", marks=pytest.mark.slow), "local"])
 @pytest.mark.parametrize("site", SITES)
 def test_attentions_compile_to_one_graph_for_all_sizes(site: str, preset: str) -> None:
     torch._dynamo.reset()

@@ -98,6 +98,7 @@ def test_calibrated_weights_are_saved_and_can_be_applied(server: Server, model_f
     draw(server, f"small_world_{backbone}_ab", edit_name=Path(saved).name)
 
 
+@pytest.mark.slow
 def test_lora_controlnet_and_skip_layer_guidance_each_change_the_picture_beside_edit(server: Server) -> None:
     prompt = small(read_api(GUIDED), seed=1)
     (save,), (apply,) = (

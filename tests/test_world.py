@@ -281,7 +281,7 @@ def test_teachers_are_small_and_take_every_size(backbone: str) -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", [pytest.param("pixart_sigma", marks=pytest.mark.slow), "sd35_medium"])
 def test_a_training_learns_and_goes_on_as_if_it_had_not_stopped(
     backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
