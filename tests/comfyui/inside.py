@@ -307,8 +307,11 @@ def check_other_packs_forward_patch_is_warned_of_and_restored(b: str) -> Any:
     calls.clear()
     same(sample(patched), want, "EDiT over another pack's patch")
     assert not calls
-    same(sample(apply(other, w, min_tokens=10**6)), plain, "dense through the other pack's patch")
+    dense = apply(other, w, min_tokens=10**6)
+    same(sample(dense), plain, "dense through the other pack's patch")
     assert calls
+    with dense.use_ejected():  # as ComfyUI does to look at the weights
+        assert module.forward is forward
     same(sample(base), plain, "base")
     return None
 
