@@ -64,9 +64,10 @@ CHECKS = (
     "check_differences_say_what_they_do_and_add_up",
     "check_output_equals_diffusers",
     "check_differences_equal_diffusers",
+    "check_baselines_equal_diffusers",
 )
 """What `comfyui` stands for: those of the checks in ComfyUI that patching could fail, on SD3.5, whose smallest model is
-the quicker; the last two on both."""
+the quicker; the last three on both."""
 MATRIX = "check_a_clone_dropped_while_sampling_takes_nothing_along[sd35_medium]"
 """And of the composition matrix."""
 LIMIT = 400
@@ -147,7 +148,7 @@ def in_comfyui() -> str | None:
     checkout, base = max(comfy.checkouts(), key=comfy.version), Path("base").resolve()
     if not base.exists():
         comfy.write_files(base)
-    cells = [f"{check}[sd35_medium]" for check in CHECKS] + [f"{check}[pixart_sigma]" for check in CHECKS[-2:]]
+    cells = [f"{check}[sd35_medium]" for check in CHECKS] + [f"{check}[pixart_sigma]" for check in CHECKS[-3:]]
     found: dict[str, Any] = {}
     for script, wanted in ((test_comfyui.INSIDE, cells), (test_comfyui.INSIDE.with_name("matrix.py"), [MATRIX])):
         (base / "results.json").unlink(missing_ok=True)
