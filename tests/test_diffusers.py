@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -191,6 +192,27 @@ def test_a_mask_on_image_tokens_is_honoured_by_staying_dense(caplog: pytest.LogC
     assert caplog.messages == [
         "EDiT: stays dense: an attention mask on image tokens, which linear attention cannot honour"
     ]
+
+
+@torch.no_grad()
+def test_a_tap_stands_in_for_every_attention_by_its_name_and_may_run_either_or_both() -> None:
+    model = models.sd35()
+    weights = models.trained_like(model)
+    dense = models.forward(model)
+    said: list[str] = []
+
+    def tap(key: str, dense: Callable[[], Any], edit: Callable[[], Any]) -> Any:
+        said.append(key)
+        edit()
+        return dense()
+
+    with apply_edit(model, weights) as handle:
+        linear = models.forward(model)
+        handle.tap = tap
+        assert torch.equal(models.forward(model), dense)
+        handle.tap = lambda key, dense, edit: edit()
+        assert torch.equal(models.forward(model), linear)
+    assert said == ["0.joint", "0.self", "1.joint", "1.self", "2.joint"]
 
 
 def test_blocks_that_are_left_out_are_named(caplog: pytest.LogCaptureFixture) -> None:
