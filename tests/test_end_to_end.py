@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from support import pipelines, training, workflows
+from support import models, pipelines, training, workflows
 from support.server import Server
 from support.workflows import HEIGHT, WIDTH, draw, name_files, random_clip_l
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -67,7 +67,7 @@ def run_everything(backbone: str, folder: Path) -> None:
          "--prompts", folder / "prompts.txt", "--steps", "2", "--size", str(training.RESOLUTION))  # fmt: skip
 
 
-@pytest.mark.parametrize("backbone", [pytest.param("pixart_sigma", marks=pytest.mark.slow), "sd35_medium"])
+@pytest.mark.parametrize("backbone", models.SD35_FIRST)
 def test_images_become_a_student_that_draws_in_diffusers(backbone: str, trained: Callable[[str], Path]) -> None:
     folder = trained(backbone)
     check_records(folder / "run", CachedLatents(folder / "cache", training.RESOLUTION, held_out=2))
@@ -173,7 +173,7 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("backbone", [pytest.param("pixart_sigma", marks=pytest.mark.slow), "sd35_medium"])
+@pytest.mark.parametrize("backbone", models.SD35_FIRST)
 def test_the_same_student_draws_in_comfyui_through_the_shipped_workflow(
     backbone: str, trained: Callable[[str], Path], model_files: Path, server: Server
 ) -> None:

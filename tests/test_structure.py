@@ -225,7 +225,7 @@ def test_attentions_compile_to_one_graph_for_all_sizes(site: str, preset: str) -
 
 
 @pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True], ids=["as-needed", "dynamic"])
-@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("backbone", models.SD35_FIRST)
 def test_patched_transformers_compile_to_whole_graphs_with_one_recompile_at_most(
     backbone: str, dynamic: bool | None
 ) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.models import SD35_FIRST
 
 from edit_core import EDiTWeights, apply_edit
 from edit_core.distill.objective import call_arguments
@@ -281,7 +282,7 @@ def test_teachers_are_small_and_take_every_size(backbone: str) -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("backbone", [pytest.param("pixart_sigma", marks=pytest.mark.slow), "sd35_medium"])
+@pytest.mark.parametrize("backbone", SD35_FIRST)
 def test_a_training_learns_and_goes_on_as_if_it_had_not_stopped(
     backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

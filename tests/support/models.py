@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from edit_core import EDiTWeights
 
 BACKBONES = ("pixart_sigma", "sd35_medium")
+SD35_FIRST = [pytest.param("pixart_sigma", marks=pytest.mark.slow), "sd35_medium"]
+"""Both backbones, for tests of which `make test` has time for the quicker one."""
 
 
 def randomise(module: nn.Module, seed: int) -> None:
