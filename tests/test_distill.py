@@ -44,7 +44,7 @@ def distance(paths: dict[str, Path], weights: EDiTWeights) -> Distance:
         return teacher_distance(transformer, handle, weights.backbone, [data.collate(list(range(8)))], seed=10**6)
 
 
-@pytest.mark.parametrize("backbone", ["pixart_sigma", pytest.param("sd35_medium", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backbone", models.PIXART_FIRST)
 def test_transfer_lowers_each_attentions_error_fivefold_and_distill_the_whole_models(
     backbone: str, prepared: Any, tmp_path: Path
 ) -> None:
@@ -79,7 +79,7 @@ def equal(a: Path, b: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(t, two[name]) for name, t in one.items())
 
 
-@pytest.mark.parametrize("backbone", ["pixart_sigma", pytest.param("sd35_medium", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backbone", models.PIXART_FIRST)
 def test_a_resumed_run_equals_one_that_was_never_stopped(backbone: str, prepared: Any, tmp_path: Path) -> None:
     stages = (TRANSFER, DISTILL)
     straight = Engine(training.config(prepared(backbone), tmp_path / "straight", *stages)).run()
@@ -122,7 +122,7 @@ def write_yaml(config: RunConfig, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("backbone", ["pixart_sigma", pytest.param("sd35_medium", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backbone", models.PIXART_FIRST)
 def test_kills_at_random_moments_lose_nothing_but_steps_since_the_last_checkpoint(
     backbone: str, prepared: Any, tmp_path: Path, record_property: Any
 ) -> None:

@@ -13,7 +13,8 @@ from edit_core import EDiTWeights
 
 BACKBONES = ("pixart_sigma", "sd35_medium")
 SD35_FIRST = [pytest.param("pixart_sigma", marks=pytest.mark.slow), "sd35_medium"]
-"""Both backbones, for tests of which `make test` has time for the quicker one."""
+PIXART_FIRST = ["pixart_sigma", pytest.param("sd35_medium", marks=pytest.mark.slow)]
+"""Both backbones, for tests of which `make test` has time for one."""
 
 
 def randomise(module: nn.Module, seed: int) -> None:

@@ -153,9 +153,8 @@ def in_comfyui() -> str | None:
     for script, wanted in ((test_comfyui.INSIDE, cells), (test_comfyui.INSIDE.with_name("matrix.py"), [MATRIX])):
         (base / "results.json").unlink(missing_ok=True)
         found |= comfy.run_checks(script, checkout, base, *wanted)
-        for cell, outcome in found.items():
-            if not outcome["ok"]:
-                return cell
+        if failed := [cell for cell in found if not found[cell]["ok"]]:
+            return failed[0]
     for backbone in models.BACKBONES:
         for kind in ("edit", "low_rank", "full"):
             try:
