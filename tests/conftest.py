@@ -27,13 +27,18 @@ LONGEST = ("test_teaching_comfyui", "test_workflows", "test_end_to_end", "test_c
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`make test` has time for the newest ComfyUI that is found; the others are for `make test-all`."""
+    """What `make test` has no time for: all but the newest ComfyUI, and what a module's `PIXART_SLOW` names.
+
+    Those checks look at code that is the same for both models, and take seconds each at PixArt-Σ's width.
+    """
     items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
     found = comfy.checkouts()
     older = set(found) - {max(found, key=comfy.version)} if found else set()
     for item in items:
-        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if any(isinstance(value, Path) and value in older for value in values):
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        slow = given.get("check") in getattr(item.module, "PIXART_SLOW", ())
+        old = any(isinstance(value, Path) and value in older for value in given.values())
+        if old or (slow and given["backbone"] == "pixart_sigma"):
             item.add_marker(pytest.mark.slow)
 
 

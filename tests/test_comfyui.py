@@ -20,18 +20,35 @@ CHECKS = [
     for check in re.findall(r"^def (check_\w+)", path.read_text(), re.MULTILINE)
 ]
 FOUND = comfy.checkouts()
+PIXART_SLOW = [
+    f"check_{name}"
+    for name in (
+        "a_clone_of_a_loaded_model_is_injected",
+        "alternating_models_stay_themselves",
+        "another_packs_wrapper_may_pass_on_by_name",
+        "cfg_with_unequal_prompts_and_batches",
+        "clones_do_not_change_their_parent",
+        "differences_are_unloaded_and_stack_with_loras",
+        "interrupt_leaves_both_usable",
+        "lora_works_before_after_and_beside",
+        "low_precision_bases_run",
+        "other_packs_forward_patch_is_warned_of_and_restored",
+        "partial_load",
+        "what_stays_dense_says_why_once",
+    )
+]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("files")
     comfy.write_files(base)
     return base
 
 
-@pytest.fixture(scope="session")
-def results(files: Path) -> Any:
-    return comfy.checks_of(INSIDE, files)
+@pytest.fixture(scope="module")
+def results(files: Path, request: pytest.FixtureRequest) -> Any:
+    return comfy.checks_of(INSIDE, files, comfy.looking(request))
 
 
 @pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI)
@@ -45,6 +62,9 @@ def test_inside_comfyui(checkout: Path, check: str, backbone: str, results: Any)
 
 
 @pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI)
+@pytest.mark.reads(
+    "check_output_equals_diffusers", "check_differences_equal_diffusers", "check_baselines_equal_diffusers"
+)
 @pytest.mark.parametrize(
     ("kind", "size"),
     [

@@ -27,6 +27,12 @@ from edit_core.world.files import load_teacher, shipped
 SCRIPT = Path(__file__).parent / "comfyui" / "teaching.py"
 CHECKS = re.findall(r"^def (check_\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
 FOUND = comfy.checkouts()
+PIXART_SLOW = [
+    "check_a_teacher_with_a_lora_stays_one",
+    "check_calibrating_is_repeatable_and_hears_its_inputs",
+    "check_low_precision_teachers_can_be_calibrated",
+    "check_report_draws_a_chart_and_suggests_layers",
+]
 
 pytestmark = [
     pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI),
@@ -36,11 +42,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
     base = tmp_path_factory.mktemp("teaching")
     for folder in ("diffusion_models", "checkpoints", "edit"):
         (base / "models" / folder).mkdir(parents=True)
-    return comfy.checks_of(SCRIPT, base)
+    return comfy.checks_of(SCRIPT, base, comfy.looking(request))
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -50,6 +56,7 @@ def test_inside_comfyui(checkout: Path, check: str, backbone: str, results: Any)
     print(outcome["figures"])
 
 
+@pytest.mark.reads("check_report_measures_what_diffusers_does")
 def test_the_report_gives_what_diffusers_gives(checkout: Path, backbone: str, results: Any) -> None:
     base, _ = results(checkout)
     calls = load_file(base / f"{backbone}-report.safetensors")
@@ -74,6 +81,7 @@ def test_the_report_gives_what_diffusers_gives(checkout: Path, backbone: str, re
     assert reported == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.reads("check_compare_gives_the_functions_figures")
 def test_compare_gives_what_the_functions_give(checkout: Path, backbone: str, results: Any) -> None:
     base, _ = results(checkout)
     pictures = load_file(base / f"{backbone}-compare.safetensors")

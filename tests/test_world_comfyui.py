@@ -40,8 +40,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(files: Path) -> Any:
-    return comfy.checks_of(SCRIPT, files)
+def results(files: Path, request: pytest.FixtureRequest) -> Any:
+    return comfy.checks_of(SCRIPT, files, comfy.looking(request))
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -51,6 +51,7 @@ def test_inside_comfyui(checkout: Path, check: str, backbone: str, results: Any)
     print(outcome["figures"])
 
 
+@pytest.mark.reads("check_output_equals_diffusers")
 @pytest.mark.parametrize("size", ["34x40", "40x34"])
 @pytest.mark.parametrize("kind", ["base", "edit"])
 def test_one_call_gives_what_diffusers_gives(
@@ -68,6 +69,7 @@ def test_one_call_gives_what_diffusers_gives(
     assert models.relative_error(caught["out"], expected[:, :channels]) < 1e-4
 
 
+@pytest.mark.reads("check_whole_draw_equals_diffusers")
 def test_a_whole_draw_gives_what_diffusers_gives(
     checkout: Path, backbone: str, results: Any, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +80,7 @@ def test_a_whole_draw_gives_what_diffusers_gives(
     assert models.relative_error(found["latent"], expected) < 1e-4
 
 
+@pytest.mark.reads("check_whole_draw_equals_diffusers")
 def test_the_vae_gives_what_diffusers_and_the_codec_give(
     checkout: Path, backbone: str, results: Any, files: Path
 ) -> None:

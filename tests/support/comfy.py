@@ -9,10 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
@@ -66,16 +67,32 @@ def run_checks(script: Path, checkout: Path, base: Path, *only: str) -> dict[str
     return json.loads(written.read_text())
 
 
-def checks_of(script: Path, files: Path) -> Callable[[Path], tuple[Path, dict[str, Any]]]:
-    """Runs a script's checks once per ComfyUI, on first use, in a copy of these files: `(the copy, what they gave)`."""
+def checks_of(script: Path, files: Path, tests: Sequence[pytest.Item]) -> Callable[[Path], tuple[Path, dict[str, Any]]]:
+    """Runs a script's checks once per ComfyUI, on first use, in a copy of these files: `(the copy, what they gave)`.
+
+    Args:
+        tests: that are going to look at them, each at its parameter `check`, or at what its mark `reads` names; no
+            other checks are run.
+    """
 
     @functools.cache
     def run(checkout: Path) -> tuple[Path, dict[str, Any]]:
+        wanted = set()
+        for test in tests:
+            given = test.callspec.params  # type: ignore[attr-defined]
+            read = [name for mark in test.iter_markers("reads") for name in mark.args]
+            if given["checkout"] == checkout:
+                wanted |= {f"{name}[{given['backbone']}]" for name in ([given["check"]] if "check" in given else read)}
         base = files.parent / f"{files.name}-{checkout.name}"
         shutil.copytree(files, base)
-        return base, run_checks(script, checkout, base)
+        return base, run_checks(script, checkout, base, *sorted(wanted))
 
     return run
+
+
+def looking(request: pytest.FixtureRequest) -> list[pytest.Item]:
+    """The chosen tests of the module whose fixture asks."""
+    return [item for item in request.session.items if item.path == request.path and "results" in item.fixturenames]
 
 
 def base_model(backbone: str) -> torch.nn.Module:
