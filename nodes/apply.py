@@ -141,5 +141,6 @@ class EDiTInit(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, compression: int, layers: str) -> io.NodeOutput:
         check_values(cls, compression=compression)
-        config = EDiTConfig.preset(compression=compression)
-        return io.NodeOutput(EDiTWeights.init_for(identify_model(model), base_tensor(model), config, layers))
+        config, base = EDiTConfig.preset(compression=compression), identify_model(model)
+        weights = EDiTWeights.init_for(base, base_tensor(model), config, layers)
+        return io.NodeOutput(weights, ui={"edit_blocks": [len(weights.sites), base.depth]})  # for the layer picker

@@ -112,14 +112,15 @@ def check_report_colours(tab: Tab) -> None:
     """What an EDiTLayerReport sends, given to one by hand."""
     tab.page.evaluate(
         """() => { const node = LiteGraph.createNode("EDiTLayerReport"); app.graph.add(node);
-          node.onExecuted({ block_errors: [0.001, 0.1, 2, null, 0.5, 0.3], text: ["layers: 0-1"] });
-          app.graph.remove(node); }"""
+          node.onExecuted({ block_errors: [0.001, 0.1, 2, null, 0.5, 0.3], text: ["layers: 0-1"] }); }"""
     )
     cells = tab.page.locator(".edit-picker-strip > span")
     titles = cells.evaluate_all("cells => cells.map(cell => cell.title)")
     assert "error 0.10" in titles[1] and "error" not in titles[3]
     colours = cells.evaluate_all("cells => cells.map(cell => getComputedStyle(cell).borderTopColor)")
     assert len(set(colours)) == BLOCKS
+    tab.page.evaluate("() => { app.graph.remove(app.graph._nodes.find(node => node.type === 'EDiTLayerReport')); }")
+    assert not any("error" in title for title in cells.evaluate_all("cells => cells.map(cell => cell.title)"))
 
 
 def check_slider(tab: Tab) -> None:
@@ -274,6 +275,62 @@ def test_picker_text_is_read_as_the_pack_reads_it(tab: Tab) -> None:
             assert read is None, text
         else:
             assert tuple(read[0]) == wanted == parse_layers(read[1], 28), text
+
+
+def test_an_undo_and_another_tab_keep_what_the_last_run_showed(tab: Tab) -> None:
+    tab.load(AB)
+    picture = {"filename": "example.png", "subfolder": "", "type": "input"}
+    outputs = {
+        tab.node_id("EDiTApply"): {"edit_blocks": [3, BLOCKS]},
+        tab.node_id("EDiTCompare"): {"a_images": [picture], "b_images": [picture]},
+    }
+    graph = "JSON.stringify(app.graph.serialize().nodes.map(({ id, properties }) => [id, properties]).sort())"
+    before = tab.page.evaluate(f"() => {graph}")
+    tab.page.evaluate("outputs => { app.nodeOutputs = outputs; }", outputs)  # as the page does where a tab is chosen
+    for undone in (False, True):
+        if undone:
+            tracker = "app.extensionManager.workflow.activeWorkflow.changeTracker"
+            tab.page.evaluate(f"() => {{ window.old = app.graph._nodes[0]; {tracker}.checkState(); }}")
+            tab.set("steps", 3)
+            tab.page.evaluate(f"() => {tracker}.checkState()")
+            tab.page.evaluate(f"async () => {{ await {tracker}.undo(); }}")
+            assert tab.page.evaluate("() => !app.graph._nodes.includes(window.old)")
+        assert f"3/{BLOCKS} linear" in tab.badges("EDiTApply")
+        tab.look_at("EDiTCompare")
+        tab.settle(".edit-slider:not([data-empty])")
+        assert tab.page.evaluate(f"() => {graph}") == before  # else the next undo would only undo what is shown
+    assert tab.complaints == []
+
+
+def test_the_picker_shows_the_report_it_is_linked_to_and_none_that_is_gone(tab: Tab) -> None:
+    tab.load(CALIBRATE)
+    found = tab.page.evaluate(
+        """() => {
+          const node = (kind) => app.graph._nodes.find(({ type }) => type === kind);
+          const strip = (kind) => node(kind).widgets.find(({ name }) => name === "edit_layers").element;
+          const said = () => strip("EDiTApply").querySelector(".edit-picker-note").textContent;
+          const cells = () => strip("EDiTInit").querySelector(".edit-picker-strip").childElementCount;
+          const ran = (report, layers) =>
+            report.onExecuted({ block_errors: [0.1, 0.2, 0.1, 0.1, 0.5, 0.3], text: [`layers: ${layers}`] });
+          const linked = node("EDiTLayerReport");
+          const other = LiteGraph.createNode("EDiTLayerReport");
+          app.graph.add(other);
+          const texts = [];
+          for (const [report, layers] of [[other, "0-1"], [linked, "2"], [other, "3-5"]]) {
+            ran(report, layers);
+            texts.push(said());
+          }
+          const counts = [cells()];
+          app.graph.remove(other);
+          app.graph.remove(linked);
+          counts.push(cells());
+          node("EDiTInit").onExecuted({ edit_blocks: [1, 3] });
+          counts.push(cells());
+          return [texts, counts];
+        }"""
+    )
+    one = f"1/{BLOCKS} linear, from another node"
+    assert found == [["layers comes from another node", one, one], [BLOCKS, 28, 3]]
 
 
 def test_the_workflow_file_is_the_same_with_and_without_the_extension(tab: Tab) -> None:

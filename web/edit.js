@@ -2,8 +2,25 @@
 
 import { app } from "../../scripts/app.js";
 import { addStyle, after } from "./dom.js";
-import { addPicker, useReport } from "./picker.js";
+import { addPicker, dropReport, useReport } from "./picker.js";
 import { addSlider } from "./slider.js";
+
+/** What shows the last run of a node, by node. */
+const shows = new Map();
+
+/** Has `show(output, again)` show what a node's runs give, and again what the page knows of the last in a graph it reads. */
+function onOutput(node, show) {
+  shows.set(node, show);
+  after(node, "onExecuted", (output) => show(output, false));
+  after(node, "onConfigure", () => showAgain(node)); // an undo makes all nodes anew
+  after(node, "onRemoved", () => shows.delete(node));
+}
+
+function showAgain(node) {
+  const place = node.graph?.isRootGraph === false ? `${node.graph.id}:${node.id}` : String(node.id);
+  const output = app.nodeOutputs?.[place];
+  if (output) shows.get(node)(output, true);
+}
 
 /** Says over the node how many blocks were linear in the last run. Vue nodes keep the badges that they began with. */
 function addBadge(node) {
@@ -21,20 +38,28 @@ const EXTEND = {
   EDiTApply(node) {
     const picker = addPicker(node);
     const label = addBadge(node);
-    after(node, "onExecuted", ({ edit_blocks: [linear, depth] = [] }) => {
+    onOutput(node, ({ edit_blocks: [linear, depth] = [] }, again) => {
       if (depth === undefined) return;
       const text = `${linear}/${depth} linear`;
       label(text);
-      if (picker) Object.assign(picker, { depth, badge: text });
+      if (!picker) return;
+      picker.badge = text;
+      picker.run(depth, again);
     });
   },
-  EDiTInit: addPicker,
+  EDiTInit(node) {
+    const picker = addPicker(node);
+    onOutput(node, ({ edit_blocks: [, depth] = [] }, again) => {
+      if (depth !== undefined) picker?.run(depth, again);
+    });
+  },
   EDiTLayerReport(node) {
-    after(node, "onExecuted", useReport);
+    onOutput(node, (output) => useReport(node, output));
+    after(node, "onRemoved", () => dropReport(node));
   },
   EDiTCompare(node) {
     const slider = addSlider(node);
-    after(node, "onExecuted", ({ a_images = [], b_images = [] }) => slider.show(a_images, b_images));
+    onOutput(node, ({ a_images = [], b_images = [] }) => slider.show(a_images, b_images));
   },
 };
 
@@ -43,5 +68,9 @@ app.registerExtension({
   setup: addStyle,
   nodeCreated(node) {
     EXTEND[node.comfyClass]?.(node);
+  },
+  /** Of another tab's workflow, after its graph was read. */
+  onNodeOutputsUpdated() {
+    for (const node of shows.keys()) showAgain(node);
   },
 });

@@ -9,14 +9,19 @@ const HEIGHT = 36 + 2 * MARGIN;
 const PROPERTY = "edit_blocks"; // a node's own depth, kept in the workflow
 
 const pickers = new Set();
-let report = null; // of the last EDiTLayerReport: {errors: one per block or null, layers: the suggestion}
+const reports = new Map(); // by EDiTLayerReport: {errors: one per block or null, layers: the suggestion}; the last is last
 
 /** Takes over what an EDiTLayerReport gave. */
-export function useReport(output) {
-  if (!output?.block_errors?.length) return;
-  const layers = String(output.text?.[0] ?? "").replace(/^layers: /, "");
-  report = { errors: output.block_errors, layers };
+export function useReport(node, { block_errors: errors = [], text = [] }) {
+  if (!errors.length) return;
+  reports.delete(node);
+  reports.set(node, { errors, layers: String(text[0] ?? "").replace(/^layers: /, "") });
   for (const picker of pickers) picker.refresh();
+}
+
+/** Forgets what an EDiTLayerReport gave: it is gone, by itself or with its graph. */
+export function dropReport(node) {
+  if (reports.delete(node)) for (const picker of pickers) picker.refresh();
 }
 
 /** Teal for errors of 1% and less, through yellow, to red for those of 100% and more. */
@@ -30,6 +35,7 @@ class Picker {
     this.node = node;
     this.widget = widget;
     this.text = null;
+    this.found = null;
     this.strip = element("div", { className: "edit-picker-strip", tabIndex: 0 });
     this.strip.setAttribute("role", "listbox");
     this.strip.setAttribute("aria-multiselectable", "true");
@@ -44,26 +50,47 @@ class Picker {
     this.listen();
   }
 
-  get linked() {
-    return this.node.inputs?.some((input) => input.widget?.name === this.widget.name && input.link != null) ?? false;
+  /** The number of the input that a link goes into in the widget's place; -1 for none. */
+  get slot() {
+    return this.node.inputs?.findIndex(({ widget, link }) => widget?.name === this.widget.name && link != null) ?? -1;
   }
 
-  /** The text that counts: the suggestion, as far as it is known, where a link replaces the widget. */
+  get linked() {
+    return this.slot >= 0;
+  }
+
+  /** The report that counts: the one that is linked, or that came last. */
+  get report() {
+    return (this.linked && reports.get(this.node.getInputNode(this.slot))) || ([...reports.values()].at(-1) ?? null);
+  }
+
+  /** The text that counts: where a link replaces the widget, a report's suggestion, or null for what is not known. */
   get layers() {
-    return this.linked ? (report?.layers ?? "") : String(this.widget.value ?? "");
+    if (!this.linked) return String(this.widget.value ?? "");
+    return reports.get(this.node.getInputNode(this.slot))?.layers ?? null;
   }
 
   get errors() {
-    const own = this.node.properties?.[PROPERTY];
+    const { own, report } = this;
     return report && (!own || own === report.errors.length) ? report.errors : null;
   }
 
-  get depth() {
-    return this.node.properties?.[PROPERTY] ?? report?.errors.length ?? DEPTH;
+  /** How many blocks the last run found, as far as it is known. */
+  get own() {
+    return this.found ?? this.node.properties?.[PROPERTY];
   }
 
-  set depth(count) {
-    this.node.properties[PROPERTY] = count;
+  get depth() {
+    return this.own ?? this.report?.errors.length ?? DEPTH;
+  }
+
+  /**
+   * Takes over how many blocks a run found, and keeps it in the workflow; not `again`, where a graph is read anew:
+   * an undo that changes the graph at once could not be followed by another.
+   */
+  run(depth, again) {
+    this.found = depth;
+    if (!again) this.node.properties[PROPERTY] = depth;
     this.refresh();
   }
 
@@ -157,7 +184,7 @@ class Picker {
   }
 
   describe(chosen, count, linked) {
-    if (linked && !report) return "layers comes from another node";
+    if (linked && this.text === null) return "layers comes from another node";
     if (!chosen) return "not a list of blocks";
     return `${chosen.size}/${count} linear${linked ? ", from another node" : ""}`;
   }

@@ -361,6 +361,16 @@ def check_apply_tells_the_page_how_many_blocks_are_linear(b: str) -> Any:
     return json.dumps(found)
 
 
+@as_in_a_server
+def check_init_tells_the_page_how_many_blocks_there_are(b: str) -> Any:
+    """For the layer picker, which would otherwise go on showing PixArt-Σ's number."""
+    m = model(b)
+    depth = module("patcher").identify_model(m).depth
+    result = nodes.NODE_CLASS_MAPPINGS["EDiTInit"].execute(model=m, compression=4, layers="1")
+    assert result.ui["edit_blocks"] == [1, depth]
+    return depth
+
+
 def apply_result(m: Any, w: Any, layers: str) -> Any:
     inputs = {"start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0}
     return nodes.NODE_CLASS_MAPPINGS["EDiTApply"].execute(model=m, edit_weights=w, layers=layers, **inputs)
