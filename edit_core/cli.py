@@ -15,6 +15,13 @@ from .errors import EDiTError, EDiTResultError
 __all__ = ["main"]
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says defaults where there are some, and not of what must be given that it is None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0 on success, 1 if a check fails, 2 on bad usage, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="edit_core", description="EDiT: linear attention for diffusion transformers.")
@@ -22,9 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         summary = (command.__doc__ or "").strip().split("\n\n")[0]
-        sub = subparsers.add_parser(
-            name, help=summary, description=command.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        sub = subparsers.add_parser(name, help=summary, description=command.__doc__, formatter_class=_Help)
         command.add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON, for machines")
         sub.set_defaults(command=command)

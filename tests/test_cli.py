@@ -44,6 +44,7 @@ def test_every_command_has_help_with_defaults(capsys: pytest.CaptureFixture[str]
         out = capsys.readouterr().out
         assert "--json" in out
         assert name == "info" or "(default:" in out
+        assert "default: None" not in " ".join(out.split()), name
 
 
 @pytest.mark.parametrize("source", ["pixart.safetensors", "pipeline", "pipeline/transformer"])
