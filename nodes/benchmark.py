@@ -135,7 +135,7 @@ def _time_call(teacher: Teacher) -> float:
 
 def _table(where: str, sides: list[int], times: dict[int, tuple[list[float], list[float]]], ratios: list[float]) -> str:
     header = "".join(f" {name}, s per call |" for name in NAMES)
-    rows = [where, "", f"| picture | tokens |{header} {NAMES[1]} is faster by |", "|---|---|---|---|---|"]
+    rows = [where, "", f"| picture | tokens |{header} {NAMES[1]}, times as fast |", "|---|---|---|---|---|"]
     for side, ratio in zip(sides, ratios, strict=True):
         cells = "".join(f" {statistics.median(t):.3g} ({min(t):.3g}–{max(t):.3g}) |" for t in times[side])
         rows.append(f"| {side}² | {(side // 16) ** 2} |{cells} {ratio:.2f}× |")
