@@ -118,6 +118,14 @@ def test_troubleshooting_explains_all_that_a_user_of_the_nodes_may_be_told() -> 
     assert sorted(told - set(explained())) == []
 
 
+def test_help_pages_quote_messages_that_there_are() -> None:
+    there = {text for text in set().union(*map(messages, SOURCES)) if "\n" not in text}
+    for page in sorted((comfy.PACK / "web" / "docs").glob("*.md")):
+        wrong = page.read_text(encoding="utf-8").partition("## If something goes wrong")[2]
+        for quote in re.findall(r'\*"([^"]+)"\*', wrong):
+            assert any(quote.strip("… ") in text for text in there), f"{page.name}: {quote}"
+
+
 def test_a_message_that_is_gone_is_missed(tmp_path: Path) -> None:
     source = tmp_path / "source.py"
     source.write_text(
