@@ -35,8 +35,9 @@ class EDiTCalibrate(io.ComfyNode):
             node_id="EDiTCalibrate",
             display_name="EDiT: Calibrate Weights",
             category=CATEGORY,
-            description="Trains EDiT weights in minutes: the model draws, and every attention of the student learns to "
-            "give what the model's own gives for the same input. No pictures are needed. The model is left as it is.",
+            description="Trains EDiT weights without pictures: the model draws, and every attention of the student "
+            "learns to give what the model's own gives for the same input. It does not replace a distillation. The "
+            "model is left as it is.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The teacher: a PixArt-Σ or Stable Diffusion 3.5-Medium model without EDiT."

@@ -1,4 +1,4 @@
-"""Train EDiT weights for minutes, from a handful of prompts, on what the teacher sees while it draws.
+"""Train EDiT weights from a handful of prompts, on what the teacher sees while it draws.
 
 It is the first stage of a distillation alone, and needs no data set; a full distillation goes further.
 """

@@ -262,7 +262,7 @@ def note_of(model: Model, kind: str) -> str:
         "EDiT needs weights that were distilled from this base model, and none can be downloaded today. You can",
         "",
         "- distil your own (the pack's README says how), or",
-        "- calibrate some in minutes with the template that has `_calibrate` in its name, then choose the file in "
+        "- calibrate some with the template that has `_calibrate` in its name, then choose the file in "
         "*Load EDiT weights*. They show that everything runs and how fast; **they draw worse than distilled ones**.",
     ]  # fmt: skip
     if kind == "_ab":
@@ -321,9 +321,10 @@ def calibration_of(model: Model) -> list[str]:
         "5. *Save EDiT weights* writes them to **models/edit**, as "
         f"`{model.name}_calibrated_00001_.safetensors`. The next time, load them with *EDiT: Load Weights*.", "",
         "### What to expect", "",
-        "This trains each attention by itself, on one prompt at one size. It makes untrained weights usable, and does "
-        "not replace a distillation (the pack's README says how to do one). If the suggestion is *none*, the picture "
-        "is the base model's own: raise the *steps* of *Calibrate*, or the report's *threshold*.", "",
+        "This trains each attention by itself, on one prompt at one size. It brings untrained weights nearer to the "
+        "model, and does not replace a distillation (the pack's README says how to do one). If the suggestion is "
+        "*none*, the picture is the base model's own: raise the *steps* of *Calibrate*, or the report's "
+        "*threshold*.", "",
         "The calibration keeps its seed, so that a second run with another picture's seed does not train again.",
     ]  # fmt: skip
 
