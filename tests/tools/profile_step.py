@@ -143,7 +143,10 @@ def main() -> None:
         "",
         "Written by `make profile`. One call of each transformer at its real width with random weights, batch 1, "
         f"float32: {BLOCKS} blocks were run, and all figures multiplied to the real model's depth (the few operators "
-        "before and behind the blocks with them). Times are the operators' own, by PyTorch's profiler.",
+        "before and behind the blocks with them). Times are the operators' own, by PyTorch's profiler. The forms are "
+        "measured one after the other, and each once, so that layers which are the same in all of them still differ "
+        "between their rows; how many times as fast one is as another is on [the page about speed](speed.md), where "
+        "they take turns. Of SD3.5's 24 blocks 13 have the second attention, of the 2 here one.",
         "",
         f"{device_name(CPU)}; PyTorch {torch.__version__}. The roofline is this machine's own: "
         f"{flops / 1e9:.0f} GFLOP/s "
