@@ -116,14 +116,19 @@ def parse_sizes(text: str) -> list[int]:
 
 def random_inputs(model: Any, backbone: str, side: int) -> tuple[Any, Tensor]:
     """A conditioning of noise as wide as the model takes it, and an empty latent for a square picture."""
-    shapes = {name: value.shape for name, value in model.get_model_object("diffusion_model").state_dict().items()}
-    width, pooled = {
-        "pixart_sigma": ("y_embedder.y_proj.fc1.weight", None),
-        "sd35_medium": ("context_embedder.weight", "y_embedder.mlp.0.weight"),
-    }[backbone]
     generator = torch.Generator().manual_seed(0)
-    extra = {} if pooled is None else {"pooled_output": torch.randn(1, shapes[pooled][1], generator=generator)}
-    prompt = torch.randn(1, PROMPT_TOKENS[backbone], shapes[width][1], generator=generator)  # (1, T, width)
+
+    def noise(layer: str, *shape: int) -> Tensor:
+        # As wide as the layer takes it: the state of a GGUF base has the sizes of packed bytes.
+        width = model.get_model_object(f"diffusion_model.{layer}").in_features
+        return torch.randn(*shape, width, generator=generator)
+
+    text, pooled = {
+        "pixart_sigma": ("y_embedder.y_proj.fc1", None),
+        "sd35_medium": ("context_embedder", "y_embedder.mlp.0"),
+    }[backbone]
+    extra = {} if pooled is None else {"pooled_output": noise(pooled, 1)}
+    prompt = noise(text, 1, PROMPT_TOKENS[backbone])  # (1, T, width)
     channels = model.get_model_object("latent_format").latent_channels
     return [[prompt, extra]], torch.zeros(1, channels, side // 8, side // 8)
 

@@ -410,6 +410,24 @@ def check_benchmark_names_both_and_every_size(b: str) -> Any:
 
 
 @as_in_a_server
+def check_benchmark_takes_widths_from_the_layers(b: str) -> Any:
+    """A GGUF base's state has packed weights in it, here the bytes of the prompt's embedder, as of one in bfloat16."""
+    m = model(b)
+    name = {"pixart_sigma": "y_embedder.y_proj.fc1", "sd35_medium": "context_embedder"}[b]
+    layer = m.get_model_object(f"diffusion_model.{name}")
+    packed = lambda _, state, prefix, *__: state.update(  # noqa: E731
+        {f"{prefix}weight": state[f"{prefix}weight"].view(torch.uint8)}
+    )
+    handle = layer.register_state_dict_post_hook(packed)
+    try:
+        ((prompt, extra),), _ = module("benchmark").random_inputs(m, b, 288)
+    finally:
+        handle.remove()
+    assert prompt.shape[-1] == layer.in_features
+    return {name: list(value.shape) for name, value in {"prompt": prompt, **extra}.items()}
+
+
+@as_in_a_server
 def check_compare_gives_the_functions_figures(b: str) -> Any:
     g = torch.Generator().manual_seed(0)
     a = (torch.rand(2, 40, 50, 3, generator=g) * 255).round() / 255
