@@ -312,6 +312,7 @@ def test_the_picker_shows_the_report_it_is_linked_to_and_none_that_is_gone(tab: 
           const cells = () => strip("EDiTInit").querySelector(".edit-picker-strip").childElementCount;
           const ran = (report, layers) =>
             report.onExecuted({ block_errors: [0.1, 0.2, 0.1, 0.1, 0.5, 0.3], text: [`layers: ${layers}`] });
+          delete node("EDiTInit").properties.edit_blocks;
           const linked = node("EDiTLayerReport");
           const other = LiteGraph.createNode("EDiTLayerReport");
           app.graph.add(other);

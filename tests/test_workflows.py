@@ -327,6 +327,16 @@ def test_template_links_agree_at_both_ends(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_template_layers_can_be_picked_and_unlinked_at_once(name: str) -> None:
+    """The picker would show PixArt-Σ's blocks before a run; what a link hides comes to light when it is taken off."""
+    depths = {"small_world_pixart_sigma": 6, "small_world_sd35_medium": 3, "pixart_sigma": 28, "sd35_medium": 24}
+    depth = next(depth for model, depth in depths.items() if name.startswith(model))
+    for node in read_template(name)["nodes"]:
+        if (place := {"EDiTApply": 0, "EDiTInit": 1}.get(node["type"])) is not None:
+            assert (node["widgets_values"][place], node["properties"]["edit_blocks"]) == ("all", depth)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_template_nodes_do_not_overlap_and_lie_in_a_group(name: str) -> None:
     template = read_template(name)
     title = 30  # drawn above a node's position

@@ -30,6 +30,8 @@ class Node:
     size: tuple[int, int]
     id: int = 0
     models: list[dict[str, str]] = field(default_factory=list)
+    blocks: int = 0
+    """For the layer picker: how many the model has, which else is only known after a run."""
     after_generate: str = "randomize"
 
     def __getitem__(self, output: int) -> tuple[Node, int]:
@@ -51,15 +53,16 @@ def base_of(model: Model) -> Node:
     )  # fmt: skip
 
 
-def init_of(model: tuple[Node, int]) -> Node:
-    return Node("EDiTInit", "Init EDiT weights", {"model": model, "compression": 4, "layers": "all"}, (340, 150))
+def init_of(blocks: int, model: tuple[Node, int]) -> Node:
+    inputs = {"model": model, "compression": 4, "layers": "all"}
+    return Node("EDiTInit", "Init EDiT weights", inputs, (340, 150), blocks=blocks)
 
 
-def applied_of(model: tuple[Node, int], weights: tuple[Node, int], layers: Any = "all") -> Node:
+def applied_of(blocks: int, model: tuple[Node, int], weights: tuple[Node, int], layers: Any = "all") -> Node:
     return Node(
         "EDiTApply", "Apply EDiT",
         {"layers": layers, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0,
-         "model": model, "edit_weights": weights}, (340, 225),
+         "model": model, "edit_weights": weights}, (340, 225), blocks=blocks,
     )  # fmt: skip
 
 
@@ -88,8 +91,8 @@ def numbered(groups: list[Group]) -> list[Group]:
 def benchmark_of(model: Model) -> list[Group]:
     """The model before and after EDiT, timed; what the weights hold does not matter, so untrained ones do."""
     base = base_of(model)
-    weights = init_of(base[0])
-    applied = applied_of(base[0], weights[0])
+    weights = init_of(model.blocks, base[0])
+    applied = applied_of(model.blocks, base[0], weights[0])
     benchmark = Node(
         "EDiTBenchmark", "Benchmark",
         {"model_a": base[0], "model_b": applied[0], "sizes": model.timed_sizes, "repeats": 5}, (480, 440),
@@ -134,7 +137,7 @@ def groups_of(model: Model, kind: str) -> list[Group]:
     control = control_of(model, positive, negative, vae) if guided else []
     guides = (control[3][0], control[3][1]) if guided else (positive[0], negative[0])
     if calibrate:
-        init = init_of(base_trunk[0])
+        init = init_of(model.blocks, base_trunk[0])
         weights = Node(
             "EDiTCalibrate", "Calibrate",
             {"model": base_trunk[0], "edit_weights": init[0], "positive": positive[0], "negative": negative[0],
@@ -151,13 +154,13 @@ def groups_of(model: Model, kind: str) -> list[Group]:
              "threshold": 0.25}, (400, 360),
         )  # fmt: skip
         layers = Node("PreviewAny", "Suggested layers", {"source": report[1]}, (400, 120))
-        applied = applied_of(base_trunk[0], weights[0], report[1])
+        applied = applied_of(model.blocks, base_trunk[0], weights[0], report[1])
         patches += [init, weights, saved]
         reported = [report, layers, applied]
         variants = {"_calibrated": applied}
     elif edit:
         weights = Node("EDiTLoadWeights", "Load EDiT weights", {"edit_name": model.edit_file}, (340, 80))
-        applied = applied_of(base_trunk[0], weights[0])
+        applied = applied_of(model.blocks, base_trunk[0], weights[0])
         patches += [weights, applied]
         variants = {"_base": base_trunk, "_edit": applied} if both else {"_edit": applied}
         if guided:
@@ -422,6 +425,8 @@ def ui_of(groups: list[Group], note: str, info: dict[str, Any]) -> dict[str, Any
         properties: dict[str, Any] = {"cnr_id": "comfy-core" if core else PACK_ID, "Node name for S&R": node.type}
         if node.models:
             properties["models"] = node.models
+        if node.blocks:
+            properties["edit_blocks"] = node.blocks
         drawn[node.id] = {
             "id": node.id, "type": node.type, "pos": list(positions[node.id]), "size": list(node.size), "flags": {},
             "order": order, "mode": 0, "inputs": [], "outputs": outputs, "title": node.title,
@@ -448,8 +453,10 @@ def ui_of(groups: list[Group], note: str, info: dict[str, Any]) -> dict[str, Any
                 links.append([socket["link"], source.id, output, node.id, (name, is_widget), slot["type"]])
             (widgets if is_widget else sockets).append(socket)
             if is_widget:
-                drawn[node.id]["widgets_values"].append(SEED if isinstance(value, tuple) else value)
-                if name in ("seed", "noise_seed") or options.get("control_after_generate"):
+                seed = name in ("seed", "noise_seed")
+                unlinked = SEED if seed else options.get("default")
+                drawn[node.id]["widgets_values"].append(unlinked if isinstance(value, tuple) else value)
+                if seed or options.get("control_after_generate"):
                     drawn[node.id]["widgets_values"].append(node.after_generate)
         drawn[node.id]["inputs"] = sockets + widgets  # as the frontend orders them
     for link in links:

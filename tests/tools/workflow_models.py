@@ -41,6 +41,7 @@ class Model:
     latent: str
     sampling: dict[str, Any]
     edit_file: str
+    blocks: int
     shift: float | None = None
     lora: str = ""
     control: str = ""
@@ -68,6 +69,7 @@ def small_model(backbone: str, title: str, latent: str, sampler: str, scheduler:
         latent=latent,
         sampling={"steps": 16, "cfg": 3.0, "sampler_name": sampler, "scheduler": scheduler, "denoise": 1.0},
         edit_file=shipped("edit", backbone).name,
+        blocks={"pixart_sigma": 6, "sd35_medium": 3}[backbone],
         prompt=SMALL_PROMPT,
         negative="",
         side=272,
@@ -92,6 +94,7 @@ MODELS = [
         # The solver, spacing, steps and guidance of the model's own pipeline.
         sampling={"steps": 20, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "normal", "denoise": 1.0},
         edit_file="pixart_sigma_edit.safetensors",
+        blocks=28,
     ),
     Model(
         name="sd35_medium",
@@ -113,6 +116,7 @@ MODELS = [
         latent="EmptySD3LatentImage",
         sampling={"steps": 28, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform", "denoise": 1.0},
         edit_file="sd35_medium_edit.safetensors",
+        blocks=24,
         shift=3.0,
         lora="sd35_medium_lora.safetensors",
         control="sd35_medium_controlnet_canny.safetensors",
