@@ -157,6 +157,7 @@ def comparison(tab: Tab) -> None:
     screen(tab, "template", whole_graph=True)
     for kind in ("EDiTLoadModel", "EDiTLoadWeights", "EDiTSmallWorldText"):
         help_page(tab, kind)
+    add_report(tab)
     tab.look_at("EDiTApply", SCALE)
     tab.drag(".edit-picker-strip", 0.3, 0.45)
     after_run(tab)
@@ -168,6 +169,21 @@ def comparison(tab: Tab) -> None:
     pictures_loaded(tab)
     help_page(tab, "EDiTCompare")
     screen(tab, "compare")
+
+
+def add_report(tab: Tab) -> None:
+    """A Layer Report on the first caption, whose errors colour the picker."""
+    tab.page.evaluate(
+        """() => {
+          const report = LiteGraph.createNode("EDiTLayerReport");
+          report.pos = [-2000, 0];
+          app.graph.add(report);
+          const from = { EDiTLoadModel: "model", EDiTLoadWeights: "edit_weights", CLIPTextEncode: "conditioning",
+            EmptyLatentImage: "latent" };
+          for (const [type, input] of Object.entries(from))
+            app.graph._nodes.find(node => node.type === type).connect(0, report, report.findInputSlot(input));
+        }"""
+    )
 
 
 def benchmark(tab: Tab) -> None:
