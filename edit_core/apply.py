@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import EDiTAttention, Grid
-from .backbones import identify_module
+from .backbones import identify_module, module_tensors
 from .crossover import MinTokens, resolve
 from .differences import PREFIX, module_tree
 from .errors import EDiTModelError
@@ -144,7 +144,7 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_
     tokens = resolve(min_tokens, base.backbone.name, transformer.dtype, transformer.device)
     if any(isinstance(module, Processor) for module in transformer.modules()):
         raise EDiTModelError("EDiT is applied to this transformer already; call remove() on its handle first")
-    if warning := weights.warning(base, transformer.state_dict().__getitem__):
+    if warning := weights.warning(base, module_tensors(transformer).__getitem__):
         logger.warning("EDiT: %s", warning)
     sides, state = weights.build(blocks, device=transformer.device, dtype=transformer.dtype)
     sides.load_state_dict(state)

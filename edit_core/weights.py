@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .attention import SITES, LayerFactory
-from .backbones import BACKBONES, Base, identify_module
+from .backbones import BACKBONES, Base, identify_module, module_tensors
 from .config import KEY_PARTS, QUERY_PARTS, EDiTConfig
 from .differences import (
     PREFIX,
@@ -135,8 +135,8 @@ class EDiTWeights:
             EDiTModelError: not a transformer that EDiT knows.
             EDiTError: a bad `layers` text, or one that names no block; a bad rank; nothing that could be trained.
         """
-        state = transformer.state_dict()
-        return cls.init_for(identify_module(transformer), state.__getitem__, config, layers, seed, trainable, rank)
+        tensor = module_tensors(transformer).__getitem__
+        return cls.init_for(identify_module(transformer), tensor, config, layers, seed, trainable, rank)
 
     @classmethod
     def init_for(

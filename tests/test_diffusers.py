@@ -102,6 +102,36 @@ def test_fused_projections_are_called_once_and_give_the_same(backbone: str) -> N
         assert models.relative_error(models.forward(model), expected) < 1e-5
 
 
+class Adapted(nn.Module):
+    """A linear under a LoRA, its own parameters one level down, as PEFT puts it where the linear was."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        self.base_layer = linear
+        self.lora_A = nn.Linear(linear.in_features, 2, bias=False)
+        self.lora_B = nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+@torch.no_grad()
+def test_a_lora_that_was_loaded_first_is_no_other_model(backbone: str) -> None:
+    model = models.make(backbone)
+    weights = models.trained_like(model)
+    with apply_edit(model, weights):
+        plain = models.forward(model)
+        for block in model.transformer_blocks:
+            attention = block.attn1 if backbone == "pixart_sigma" else block.attn
+            attention.to_q, attention.to_out[0] = Adapted(attention.to_q), Adapted(attention.to_out[0])
+        expected = models.forward(model)
+    assert models.relative_error(expected, plain) > 1e-3
+    with apply_edit(model, weights):
+        assert torch.equal(models.forward(model), expected)
+    assert EDiTWeights.init(model).base_hash == weights.base_hash
+
+
 @pytest.mark.parametrize("backbone", models.BACKBONES)
 @torch.no_grad()
 def test_side_weights_follow_the_transformers_dtype(backbone: str) -> None:
