@@ -133,7 +133,7 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_
         A handle whose `remove()` restores the transformer.
 
     Raises:
-        EDiTModelError: not such a transformer, or EDiT is applied to it already.
+        EDiTModelError: not such a transformer, or its weights are not in memory, or EDiT is applied to it already.
         EDiTWeightsError: the weights do not fit it.
         EDiTError: a bad `layers` text or `min_tokens`, or a damaged cache of crossovers.
     """

@@ -30,7 +30,7 @@ from .differences import (
     modules_of,
     width_of,
 )
-from .errors import EDiTError, EDiTWeightsError, said, shown
+from .errors import EDiTError, EDiTModelError, EDiTWeightsError, said, shown
 from .files import write_file
 from .layers import format_layers, parse_layers
 
@@ -132,7 +132,7 @@ class EDiTWeights:
             rank: of low-rank differences.
 
         Raises:
-            EDiTModelError: not a transformer that EDiT knows.
+            EDiTModelError: not a transformer that EDiT knows, or one whose weights are not in memory.
             EDiTError: a bad `layers` text, or one that names no block; a bad rank; nothing that could be trained.
         """
         tensor = module_tensors(transformer).__getitem__
@@ -488,10 +488,18 @@ def fingerprint(base: Base, tensor: Callable[[str], Tensor]) -> str:
 
     Biases bear the same values in ComfyUI's, the original and diffusers' files, and stay unquantised in GGUF and
     scaled fp8 files; values, unlike a digest, can be compared when the base was cast to another dtype.
+
+    Raises:
+        EDiTModelError: the base has no values just now, but only shapes.
     """
     samples = []
     for block in range(base.depth):
         bias = tensor(base.prefix + base.backbone.output_bias(base, block))
+        if bias.is_meta:
+            raise EDiTModelError(
+                f"the model's block {block} is not in memory, as accelerate's offloading leaves it between calls; "
+                "use EDiT first, and offload the model then"
+            )
         places = torch.linspace(0, len(bias) - 1, _SAMPLES).round().long().to(bias.device)
         samples.append(bias.detach()[places].float().cpu())
     return _encoded(torch.cat(samples))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
@@ -130,6 +131,22 @@ def test_a_lora_that_was_loaded_first_is_no_other_model(backbone: str) -> None:
     with apply_edit(model, weights):
         assert torch.equal(models.forward(model), expected)
     assert EDiTWeights.init(model).base_hash == weights.base_hash
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+@torch.no_grad()
+def test_a_model_is_offloaded_after_edit_and_refused_before_it(backbone: str) -> None:
+    """What a pipeline's `enable_sequential_cpu_offload` does, for which it wants a GPU."""
+    model = models.make(backbone)
+    weights = models.trained_like(model)
+    with apply_edit(model, weights):
+        expected = models.forward(model)
+        cpu_offload(model, torch.device("cpu"))
+        assert next(model.parameters()).is_meta
+        assert torch.equal(models.forward(model), expected)
+    for call in (lambda: apply_edit(model, weights), lambda: EDiTWeights.init(model)):
+        with pytest.raises(EDiTModelError, match="block 0 is not in memory"):
+            call()
 
 
 @pytest.mark.parametrize("backbone", models.BACKBONES)
