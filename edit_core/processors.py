@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -51,6 +52,7 @@ class Processor(nn.Module):
         self.side = side
         self.differences = differences
         self.original = (original,)  # in a tuple, so that it is no submodule of ours
+        self.sees_pictures = "ip_hidden_states" in inspect.signature(original.__call__).parameters
         self.host = host
 
     def __call__(
@@ -59,9 +61,14 @@ class Processor(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        ip_hidden_states: Tensor | None = None,
+        temb: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        grid = self._grid(hidden_states, attention_mask)
+        # Of all that a pipeline hands to processors, diffusers passes on what their signatures name.
+        if self.sees_pictures:
+            kwargs.update(ip_hidden_states=ip_hidden_states, temb=temb)
+        grid = self._grid(hidden_states, attention_mask, ip_hidden_states)
         if grid is not None and self.host.tap is None:
             return self.edit(attn, hidden_states, encoder_hidden_states, grid)
         dense = partial(self.original[0], attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
@@ -86,13 +93,15 @@ class Processor(nn.Module):
         """The base's output projection of image tokens `(B, N, C)`."""
         return attn.to_out[1](self.changed("to_out", y, attn.to_out[0](y)))
 
-    def _grid(self, x: Tensor, attention_mask: Tensor | None) -> Grid | None:
+    def _grid(self, x: Tensor, attention_mask: Tensor | None, pictures: Tensor | None) -> Grid | None:
         """The grid if this call can be linear, else None, the reason having been told."""
         grid = self.host.grid
         if grid is None:
             self.host.stay_dense("an attention was called from outside its transformer")
         elif attention_mask is not None:
             self.host.stay_dense("an attention mask on image tokens, which linear attention cannot honour")
+        elif pictures is not None and self.sees_pictures:
+            self.host.stay_dense("an IP-Adapter's picture, which the attention that was there before EDiT sees")
         elif x.shape[1] != grid[0] * grid[1]:
             self.host.stay_dense(f"{x.shape[1]} tokens do not fill the {grid[0]}x{grid[1]} grid of the latent")
         elif x.shape[1] < self.host.min_tokens:

@@ -16,6 +16,7 @@ from diffusers import (
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
 )
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from support import models
 from torch import nn
 
@@ -239,6 +240,26 @@ def test_a_mask_on_image_tokens_is_honoured_by_staying_dense(caplog: pytest.LogC
     assert caplog.messages == [
         "EDiT: stays dense: an attention mask on image tokens, which linear attention cannot honour"
     ]
+
+
+@torch.no_grad()
+def test_an_ip_adapters_picture_is_honoured_by_staying_dense(caplog: pytest.LogCaptureFixture) -> None:
+    model = models.sd35()
+    weights = models.trained_like(model)
+    torch.manual_seed(0)
+    for block in model.transformer_blocks:
+        block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(192, 24, 64, timesteps_emb_dim=192))
+    picture = {"ip_hidden_states": torch.randn(2, 5, 24), "temb": torch.randn(2, 192)}
+    dense, without = models.forward(model, joint_attention_kwargs=picture), models.forward(model)
+    assert models.relative_error(dense, without) > 1e-3
+    with apply_edit(model, weights, layers="2"), caplog.at_level(logging.WARNING, "edit_core"):
+        assert torch.equal(models.forward(model, joint_attention_kwargs=picture), dense)
+        assert [text for text in caplog.messages if text.startswith("EDiT")] == [
+            "EDiT: stays dense: an IP-Adapter's picture, which the attention that was there before EDiT sees"
+        ]
+        assert not torch.equal(models.forward(model), without), "without a picture it is linear"
+    with apply_edit(model, weights, min_tokens=1000):
+        assert torch.equal(models.forward(model, joint_attention_kwargs=picture), dense), "the model's own attention"
 
 
 @torch.no_grad()
