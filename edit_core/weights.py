@@ -183,7 +183,11 @@ class EDiTWeights:
         """Empty side modules for some blocks, and the state dict to fill them with (strictly, by the caller)."""
         sites = self.sites
         wanted = {block: sites[block] for block in blocks}
-        modules = build_sides(self.dim, wanted, self.config, layers, device, dtype)
+        if layers is nn:  # its layers would draw values from the global generator, and what is drawn next would change
+            modules = build_sides(self.dim, wanted, self.config, layers, torch.device("meta"), dtype)
+            modules.to_empty(device=torch.empty(0, device=device).device)
+        else:
+            modules = build_sides(self.dim, wanted, self.config, layers, device, dtype)
         ours = {name: match for name in self.tensors if (match := _NAME.fullmatch(name))}
         state = {n: self.tensors[n].to(dtype=dtype) for n, match in ours.items() if int(match[1]) in wanted}
         return modules, state

@@ -262,6 +262,17 @@ def test_an_ip_adapters_picture_is_honoured_by_staying_dense(caplog: pytest.LogC
         assert torch.equal(models.forward(model, joint_attention_kwargs=picture), dense), "the model's own attention"
 
 
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_applying_edit_leaves_the_global_random_numbers_alone(backbone: str) -> None:
+    """A pipeline without a generator draws its noise from them: with and without EDiT it should be the same."""
+    model = models.make(backbone)
+    weights = EDiTWeights.init(model, trainable="full")
+    state = torch.get_rng_state()
+    EDiTWeights.init(model, trainable="low_rank", rank=2)
+    apply_edit(model, weights).remove()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @torch.no_grad()
 def test_a_tap_stands_in_for_every_attention_by_its_name_and_may_run_either_or_both() -> None:
     model = models.sd35()
