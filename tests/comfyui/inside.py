@@ -258,6 +258,17 @@ def check_what_stays_dense_says_why_once(b: str) -> Any:
     return None
 
 
+def check_a_range_from_the_start_holds_the_first_step_at_every_shift(b: str) -> Any:
+    base, w = load(b), weights(b)
+    sampling = copy.deepcopy(base.get_model_object("model_sampling"))
+    if b == "sd35_medium":  # whose first sigma should be 1, and with this shift is rounded to a little more
+        sampling.set_parameters(shift=1.58)
+        assert float(sampling.sigma_max) > sampling.percent_to_sigma(0.0)
+    base.add_object_patch("model_sampling", sampling)
+    same(sample(apply(base, w, end_percent=0.5), steps=1), sample(apply(base, w), steps=1), "the first step")
+    return None
+
+
 def check_tokens_that_do_not_fill_the_grid_stay_dense(b: str) -> Any:
     base, w = load(b), weights(b)
     patched = apply(base, w)
