@@ -40,7 +40,7 @@ class Processor(nn.Module):
     Args:
         key: `<block>.<site>`, as in weights files.
         side: the site's side weights. As a submodule they move and are cast with the transformer.
-        original: the processor that was there before.
+        original: the processor that was there before. Where it has weights, it is a submodule as it was before.
         host: gives the running call's grid and tap.
         differences: what to add to the outputs of the attention's own linears, by the linear's name, if anything. The
             linears stay as they are, so the original processor computes what it always did.
@@ -51,7 +51,7 @@ class Processor(nn.Module):
         self.key = key
         self.side = side
         self.differences = differences
-        self.original = (original,)  # in a tuple, so that it is no submodule of ours
+        self.original = original
         self.sees_pictures = "ip_hidden_states" in inspect.signature(original.__call__).parameters
         self.host = host
 
@@ -71,7 +71,7 @@ class Processor(nn.Module):
         grid = self._grid(hidden_states, attention_mask, ip_hidden_states)
         if grid is not None and self.host.tap is None:
             return self.edit(attn, hidden_states, encoder_hidden_states, grid)
-        dense = partial(self.original[0], attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        dense = partial(self.original, attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         if grid is None or self.host.tap is None:
             return dense()
         return self.host.tap(self.key, dense, partial(self.edit, attn, hidden_states, encoder_hidden_states, grid))

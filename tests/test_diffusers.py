@@ -242,13 +242,18 @@ def test_a_mask_on_image_tokens_is_honoured_by_staying_dense(caplog: pytest.LogC
     ]
 
 
-@torch.no_grad()
-def test_an_ip_adapters_picture_is_honoured_by_staying_dense(caplog: pytest.LogCaptureFixture) -> None:
+def with_ip_adapter() -> Any:
     model = models.sd35()
-    weights = models.trained_like(model)
     torch.manual_seed(0)
     for block in model.transformer_blocks:
         block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(192, 24, 64, timesteps_emb_dim=192))
+    return model
+
+
+@torch.no_grad()
+def test_an_ip_adapters_picture_is_honoured_by_staying_dense(caplog: pytest.LogCaptureFixture) -> None:
+    model = with_ip_adapter()
+    weights = models.trained_like(model)
     picture = {"ip_hidden_states": torch.randn(2, 5, 24), "temb": torch.randn(2, 192)}
     dense, without = models.forward(model, joint_attention_kwargs=picture), models.forward(model)
     assert models.relative_error(dense, without) > 1e-3
@@ -271,6 +276,17 @@ def test_applying_edit_leaves_the_global_random_numbers_alone(backbone: str) -> 
     EDiTWeights.init(model, trainable="low_rank", rank=2)
     apply_edit(model, weights).remove()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@torch.no_grad()
+def test_an_ip_adapter_follows_a_model_that_moves_while_edit_is_applied() -> None:
+    model = with_ip_adapter()
+    keys = list(model.state_dict())
+    picture = {"ip_hidden_states": torch.randn(2, 5, 24).double(), "temb": torch.randn(2, 192).double()}
+    with apply_edit(model, EDiTWeights.init(model), min_tokens=1000):
+        applied = models.forward(model.to(torch.float64), joint_attention_kwargs=picture)
+    assert torch.equal(models.forward(model, joint_attention_kwargs=picture), applied)
+    assert list(model.state_dict()) == keys
 
 
 @torch.no_grad()
