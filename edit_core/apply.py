@@ -101,10 +101,12 @@ class EDiTHandle:
     def remove(self) -> None:
         """Puts the original processors back; the transformer's outputs are then bit-equal to before. Idempotent."""
         for attention, original in self._replaced:
-            attention._modules.pop("processor", None)  # ours is a module, and set_processor would warn of losing it
-            attention.set_processor(original)
+            if isinstance(attention.processor, Processor):  # nobody has replaced ours since
+                attention._modules.pop("processor")  # set_processor would warn of losing a module
+                attention.set_processor(original)
         self._replaced.clear()
         self._hook.remove()
+        self.grid = None  # one of ours that somebody kept and puts back, as unfuse_qkv_projections does, stays dense
 
     def __enter__(self) -> EDiTHandle:
         return self

@@ -290,6 +290,19 @@ def test_an_ip_adapter_follows_a_model_that_moves_while_edit_is_applied() -> Non
 
 
 @torch.no_grad()
+def test_what_replaced_edit_stays_and_what_puts_it_back_after_remove_does_not_revive_it() -> None:
+    model = models.pixart()
+    before = models.forward(model)
+    with apply_edit(model, models.trained_like(model)):
+        assert not torch.equal(models.forward(model), before)
+        model.fuse_qkv_projections()  # sets processors of its own, and keeps those that it found
+        theirs = model.attn_processors
+    assert list(model.attn_processors.values()) == list(theirs.values())
+    model.unfuse_qkv_projections()
+    assert torch.equal(models.forward(model), before)
+
+
+@torch.no_grad()
 def test_a_tap_stands_in_for_every_attention_by_its_name_and_may_run_either_or_both() -> None:
     model = models.sd35()
     weights = models.trained_like(model)
