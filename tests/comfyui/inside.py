@@ -225,7 +225,7 @@ def check_min_tokens_auto_is_the_crossover_measured_here(b: str) -> Any:
     plain, edit = sample(base), sample(apply(base, w))
     kept, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME"), str(BASE / f"cache-{b}")
     try:
-        name = crossover.key(b, base.model.get_dtype_inference(), base.load_device)
+        name = crossover.key(b, base.model.manual_cast_dtype or base.model.get_dtype(), base.load_device)
         for tokens, want in ((341, plain), (340, edit)):  # latents of 34x40 are 17x20 tokens
             crossover.save({name: tokens})
             same(sample(apply(base, w, min_tokens=-1)), want, f"a crossover at {tokens} tokens")
