@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import EDiTAttention, Grid
-from .backbones import identify_module
+from .backbones import identify_module, module_tensors
 from .crossover import MinTokens, resolve
 from .differences import PREFIX, module_tree
 from .errors import EDiTModelError
@@ -101,10 +101,12 @@ class EDiTHandle:
     def remove(self) -> None:
         """Puts the original processors back; the transformer's outputs are then bit-equal to before. Idempotent."""
         for attention, original in self._replaced:
-            attention._modules.pop("processor", None)  # ours is a module, and set_processor would warn of losing it
-            attention.set_processor(original)
+            if isinstance(attention.processor, Processor):  # nobody has replaced ours since
+                attention._modules.pop("processor")  # set_processor would warn of losing a module
+                attention.set_processor(original)
         self._replaced.clear()
         self._hook.remove()
+        self.grid = None  # one of ours that somebody kept and puts back, as unfuse_qkv_projections does, stays dense
 
     def __enter__(self) -> EDiTHandle:
         return self
@@ -133,7 +135,7 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_
         A handle whose `remove()` restores the transformer.
 
     Raises:
-        EDiTModelError: not such a transformer, or EDiT is applied to it already.
+        EDiTModelError: not such a transformer, or its weights are not in memory, or EDiT is applied to it already.
         EDiTWeightsError: the weights do not fit it.
         EDiTError: a bad `layers` text or `min_tokens`, or a damaged cache of crossovers.
     """
@@ -144,7 +146,7 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_
     tokens = resolve(min_tokens, base.backbone.name, transformer.dtype, transformer.device)
     if any(isinstance(module, Processor) for module in transformer.modules()):
         raise EDiTModelError("EDiT is applied to this transformer already; call remove() on its handle first")
-    if warning := weights.warning(base, transformer.state_dict().__getitem__):
+    if warning := weights.warning(base, module_tensors(transformer).__getitem__):
         logger.warning("EDiT: %s", warning)
     sides, state = weights.build(blocks, device=transformer.device, dtype=transformer.dtype)
     sides.load_state_dict(state)

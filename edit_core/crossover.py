@@ -28,7 +28,9 @@ def cache_file() -> Path:
     """Where measured crossovers are kept: `edit-attention/crossover.json` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
     # The specification of base directories has relative paths ignored.
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (folder if folder.is_absolute() else Path.home() / ".cache") / "edit-attention" / "crossover.json"
+    if not folder.is_absolute():
+        folder = Path(os.path.expanduser("~/.cache"))  # unlike Path.home, no error for a user without a home
+    return folder / "edit-attention" / "crossover.json"
 
 
 def crossover_of(speeds: Mapping[int, float]) -> int:
@@ -51,7 +53,7 @@ def stored() -> dict[str, int]:
         EDiTError: the file is there and is no such table.
     """
     path = cache_file()
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists makes an error of its own of a home that is another user's
         return {}
     found = read_json(path)
     if not isinstance(found, dict) or not all(type(value) is int and value >= 0 for value in found.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -70,12 +71,15 @@ def _rename_to_new(part: Path, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a folder's entries durable; Windows has no such call."""
+    """Makes a folder's entries durable; Windows has no such call, and some network disks do not know it of folders."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # POSIX's answer where a descriptor's kind cannot be synchronised
+            raise
     finally:
         os.close(descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -39,7 +40,7 @@ class Processor(nn.Module):
     Args:
         key: `<block>.<site>`, as in weights files.
         side: the site's side weights. As a submodule they move and are cast with the transformer.
-        original: the processor that was there before.
+        original: the processor that was there before. Where it has weights, it is a submodule as it was before.
         host: gives the running call's grid and tap.
         differences: what to add to the outputs of the attention's own linears, by the linear's name, if anything. The
             linears stay as they are, so the original processor computes what it always did.
@@ -50,7 +51,8 @@ class Processor(nn.Module):
         self.key = key
         self.side = side
         self.differences = differences
-        self.original = (original,)  # in a tuple, so that it is no submodule of ours
+        self.original = original
+        self.sees_pictures = "ip_hidden_states" in inspect.signature(original.__call__).parameters
         self.host = host
 
     def __call__(
@@ -59,12 +61,17 @@ class Processor(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        ip_hidden_states: Tensor | None = None,
+        temb: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        grid = self._grid(hidden_states, attention_mask)
+        # Of all that a pipeline hands to processors, diffusers passes on what their signatures name.
+        if self.sees_pictures:
+            kwargs.update(ip_hidden_states=ip_hidden_states, temb=temb)
+        grid = self._grid(hidden_states, attention_mask, ip_hidden_states)
         if grid is not None and self.host.tap is None:
             return self.edit(attn, hidden_states, encoder_hidden_states, grid)
-        dense = partial(self.original[0], attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        dense = partial(self.original, attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         if grid is None or self.host.tap is None:
             return dense()
         return self.host.tap(self.key, dense, partial(self.edit, attn, hidden_states, encoder_hidden_states, grid))
@@ -86,13 +93,15 @@ class Processor(nn.Module):
         """The base's output projection of image tokens `(B, N, C)`."""
         return attn.to_out[1](self.changed("to_out", y, attn.to_out[0](y)))
 
-    def _grid(self, x: Tensor, attention_mask: Tensor | None) -> Grid | None:
+    def _grid(self, x: Tensor, attention_mask: Tensor | None, pictures: Tensor | None) -> Grid | None:
         """The grid if this call can be linear, else None, the reason having been told."""
         grid = self.host.grid
         if grid is None:
             self.host.stay_dense("an attention was called from outside its transformer")
         elif attention_mask is not None:
             self.host.stay_dense("an attention mask on image tokens, which linear attention cannot honour")
+        elif pictures is not None and self.sees_pictures:
+            self.host.stay_dense("an IP-Adapter's picture, which the attention that was there before EDiT sees")
         elif x.shape[1] != grid[0] * grid[1]:
             self.host.stay_dense(f"{x.shape[1]} tokens do not fill the {grid[0]}x{grid[1]} grid of the latent")
         elif x.shape[1] < self.host.min_tokens:

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .attention import SITES, LayerFactory
-from .backbones import BACKBONES, Base, identify_module
+from .backbones import BACKBONES, Base, identify_module, module_tensors
 from .config import KEY_PARTS, QUERY_PARTS, EDiTConfig
 from .differences import (
     PREFIX,
@@ -30,7 +30,7 @@ from .differences import (
     modules_of,
     width_of,
 )
-from .errors import EDiTError, EDiTWeightsError, said, shown
+from .errors import EDiTError, EDiTModelError, EDiTWeightsError, said, shown
 from .files import write_file
 from .layers import format_layers, parse_layers
 
@@ -132,11 +132,11 @@ class EDiTWeights:
             rank: of low-rank differences.
 
         Raises:
-            EDiTModelError: not a transformer that EDiT knows.
+            EDiTModelError: not a transformer that EDiT knows, or one whose weights are not in memory.
             EDiTError: a bad `layers` text, or one that names no block; a bad rank; nothing that could be trained.
         """
-        state = transformer.state_dict()
-        return cls.init_for(identify_module(transformer), state.__getitem__, config, layers, seed, trainable, rank)
+        tensor = module_tensors(transformer).__getitem__
+        return cls.init_for(identify_module(transformer), tensor, config, layers, seed, trainable, rank)
 
     @classmethod
     def init_for(
@@ -183,7 +183,11 @@ class EDiTWeights:
         """Empty side modules for some blocks, and the state dict to fill them with (strictly, by the caller)."""
         sites = self.sites
         wanted = {block: sites[block] for block in blocks}
-        modules = build_sides(self.dim, wanted, self.config, layers, device, dtype)
+        if layers is nn:  # its layers would draw values from the global generator, and what is drawn next would change
+            modules = build_sides(self.dim, wanted, self.config, layers, torch.device("meta"), dtype)
+            modules.to_empty(device=torch.empty(0, device=device).device)
+        else:
+            modules = build_sides(self.dim, wanted, self.config, layers, device, dtype)
         ours = {name: match for name in self.tensors if (match := _NAME.fullmatch(name))}
         state = {n: self.tensors[n].to(dtype=dtype) for n, match in ours.items() if int(match[1]) in wanted}
         return modules, state
@@ -488,10 +492,18 @@ def fingerprint(base: Base, tensor: Callable[[str], Tensor]) -> str:
 
     Biases bear the same values in ComfyUI's, the original and diffusers' files, and stay unquantised in GGUF and
     scaled fp8 files; values, unlike a digest, can be compared when the base was cast to another dtype.
+
+    Raises:
+        EDiTModelError: the base has no values just now, but only shapes.
     """
     samples = []
     for block in range(base.depth):
         bias = tensor(base.prefix + base.backbone.output_bias(base, block))
+        if bias.is_meta:
+            raise EDiTModelError(
+                f"the model's block {block} is not in memory, as accelerate's offloading leaves it between calls; "
+                "use EDiT first, and offload the model then"
+            )
         places = torch.linspace(0, len(bias) - 1, _SAMPLES).round().long().to(bias.device)
         samples.append(bias.detach()[places].float().cpu())
     return _encoded(torch.cat(samples))

@@ -41,11 +41,11 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
 
 
 def register_model_folder() -> None:
-    """Makes `models/edit` a model folder, beside any that extra_model_paths.yaml names."""
+    """Makes `models/edit` a model folder, before any that extra_model_paths.yaml names: what is saved goes there."""
     path = os.path.join(folder_paths.models_dir, FOLDER)
     os.makedirs(path, exist_ok=True)
     paths = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0]
-    folder_paths.folder_names_and_paths[FOLDER] = (list(dict.fromkeys([*paths, path])), {".safetensors"})
+    folder_paths.folder_names_and_paths[FOLDER] = (list(dict.fromkeys([path, *paths])), {".safetensors"})
 
 
 def model_files() -> list[str]:

@@ -8,6 +8,7 @@ some, are weight patches as a LoRA's are.
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -134,7 +135,9 @@ class EDiTInjection(PatcherInjection):
             # Reading sigma waits for the device, so it is only done where the answer depends on it.
             elif (application.start_percent, application.end_percent) != (0.0, 1.0):
                 sampling = model.model_sampling
-                start = float(sampling.percent_to_sigma(application.start_percent))
+                # Of 0 a flow model says 1.0, and its first sigma may be rounded to a little more.
+                from_start = application.start_percent == 0.0
+                start = math.inf if from_start else float(sampling.percent_to_sigma(application.start_percent))
                 end = float(sampling.percent_to_sigma(application.end_percent))
                 active = end <= float(options["sigmas"].max()) <= start
                 if not active:

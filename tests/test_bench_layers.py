@@ -23,6 +23,7 @@ from edit_core.bench.subjects import layer, transformer
 from edit_core.bench.timing import peak_memory
 from edit_core.cli import main
 from edit_core.errors import EDiTConfigError, EDiTError, EDiTResultError
+from edit_core.kernels import choice
 
 CPU = torch.device("cpu")
 PIXART_HERE = crossover.key("pixart_sigma", torch.float32, CPU)
@@ -178,6 +179,22 @@ def test_a_damaged_cache_of_crossovers_is_one_sentence(
     for bad in (-1, 1.5, "always", True):
         with pytest.raises(EDiTError, match="min_tokens must be"):
             apply_edit(model, models.trained_like(model), min_tokens=bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("home", ["none", "of no use"])
+def test_a_user_without_a_home_has_measured_nothing(home: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in containers that run under some other user's number, or with another user's home."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    if home == "none":
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    else:
+        monkeypatch.setenv("HOME", str(tmp_path / ("n" * 300)))
+    model = models.make("pixart_sigma")
+    with apply_edit(model, models.trained_like(model), min_tokens="auto") as handle:
+        assert handle.min_tokens == 0
+    assert choice._load() == {}
 
 
 def test_crossovers_are_where_the_student_stays_ahead() -> None:

@@ -24,6 +24,7 @@ PIXART_SLOW = [
     f"check_{name}"
     for name in (
         "a_clone_of_a_loaded_model_is_injected",
+        "a_range_from_the_start_holds_the_first_step_at_every_shift",
         "alternating_models_stay_themselves",
         "another_packs_wrapper_may_pass_on_by_name",
         "cfg_with_unequal_prompts_and_batches",

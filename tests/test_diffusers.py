@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
@@ -15,6 +16,7 @@ from diffusers import (
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
 )
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from support import models
 from torch import nn
 
@@ -100,6 +102,52 @@ def test_fused_projections_are_called_once_and_give_the_same(backbone: str) -> N
             module.fuse_projections()
     with apply_edit(model, weights):
         assert models.relative_error(models.forward(model), expected) < 1e-5
+
+
+class Adapted(nn.Module):
+    """A linear under a LoRA, its own parameters one level down, as PEFT puts it where the linear was."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        self.base_layer = linear
+        self.lora_A = nn.Linear(linear.in_features, 2, bias=False)
+        self.lora_B = nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+@torch.no_grad()
+def test_a_lora_that_was_loaded_first_is_no_other_model(backbone: str) -> None:
+    model = models.make(backbone)
+    weights = models.trained_like(model)
+    with apply_edit(model, weights):
+        plain = models.forward(model)
+        for block in model.transformer_blocks:
+            attention = block.attn1 if backbone == "pixart_sigma" else block.attn
+            attention.to_q, attention.to_out[0] = Adapted(attention.to_q), Adapted(attention.to_out[0])
+        expected = models.forward(model)
+    assert models.relative_error(expected, plain) > 1e-3
+    with apply_edit(model, weights):
+        assert torch.equal(models.forward(model), expected)
+    assert EDiTWeights.init(model).base_hash == weights.base_hash
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+@torch.no_grad()
+def test_a_model_is_offloaded_after_edit_and_refused_before_it(backbone: str) -> None:
+    """What a pipeline's `enable_sequential_cpu_offload` does, for which it wants a GPU."""
+    model = models.make(backbone)
+    weights = models.trained_like(model)
+    with apply_edit(model, weights):
+        expected = models.forward(model)
+        cpu_offload(model, torch.device("cpu"))
+        assert next(model.parameters()).is_meta
+        assert torch.equal(models.forward(model), expected)
+    for call in (lambda: apply_edit(model, weights), lambda: EDiTWeights.init(model)):
+        with pytest.raises(EDiTModelError, match="block 0 is not in memory"):
+            call()
 
 
 @pytest.mark.parametrize("backbone", models.BACKBONES)
@@ -192,6 +240,66 @@ def test_a_mask_on_image_tokens_is_honoured_by_staying_dense(caplog: pytest.LogC
     assert caplog.messages == [
         "EDiT: stays dense: an attention mask on image tokens, which linear attention cannot honour"
     ]
+
+
+def with_ip_adapter() -> Any:
+    model = models.sd35()
+    torch.manual_seed(0)
+    for block in model.transformer_blocks:
+        block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(192, 24, 64, timesteps_emb_dim=192))
+    return model
+
+
+@torch.no_grad()
+def test_an_ip_adapters_picture_is_honoured_by_staying_dense(caplog: pytest.LogCaptureFixture) -> None:
+    model = with_ip_adapter()
+    weights = models.trained_like(model)
+    picture = {"ip_hidden_states": torch.randn(2, 5, 24), "temb": torch.randn(2, 192)}
+    dense, without = models.forward(model, joint_attention_kwargs=picture), models.forward(model)
+    assert models.relative_error(dense, without) > 1e-3
+    with apply_edit(model, weights, layers="2"), caplog.at_level(logging.WARNING, "edit_core"):
+        assert torch.equal(models.forward(model, joint_attention_kwargs=picture), dense)
+        assert [text for text in caplog.messages if text.startswith("EDiT")] == [
+            "EDiT: stays dense: an IP-Adapter's picture, which the attention that was there before EDiT sees"
+        ]
+        assert not torch.equal(models.forward(model), without), "without a picture it is linear"
+    with apply_edit(model, weights, min_tokens=1000):
+        assert torch.equal(models.forward(model, joint_attention_kwargs=picture), dense), "the model's own attention"
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_applying_edit_leaves_the_global_random_numbers_alone(backbone: str) -> None:
+    """A pipeline without a generator draws its noise from them: with and without EDiT it should be the same."""
+    model = models.make(backbone)
+    weights = EDiTWeights.init(model, trainable="full")
+    state = torch.get_rng_state()
+    EDiTWeights.init(model, trainable="low_rank", rank=2)
+    apply_edit(model, weights).remove()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@torch.no_grad()
+def test_an_ip_adapter_follows_a_model_that_moves_while_edit_is_applied() -> None:
+    model = with_ip_adapter()
+    keys = list(model.state_dict())
+    picture = {"ip_hidden_states": torch.randn(2, 5, 24).double(), "temb": torch.randn(2, 192).double()}
+    with apply_edit(model, EDiTWeights.init(model), min_tokens=1000):
+        applied = models.forward(model.to(torch.float64), joint_attention_kwargs=picture)
+    assert torch.equal(models.forward(model, joint_attention_kwargs=picture), applied)
+    assert list(model.state_dict()) == keys
+
+
+@torch.no_grad()
+def test_what_replaced_edit_stays_and_what_puts_it_back_after_remove_does_not_revive_it() -> None:
+    model = models.pixart()
+    before = models.forward(model)
+    with apply_edit(model, models.trained_like(model)):
+        assert not torch.equal(models.forward(model), before)
+        model.fuse_qkv_projections()  # sets processors of its own, and keeps those that it found
+        theirs = model.attn_processors
+    assert list(model.attn_processors.values()) == list(theirs.values())
+    model.unfuse_qkv_projections()
+    assert torch.equal(models.forward(model), before)
 
 
 @torch.no_grad()

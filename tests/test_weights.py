@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,23 @@ def test_a_failed_save_keeps_the_old_file(saved: Path, monkeypatch: pytest.Monke
         weights.save(saved)
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_disk_that_cannot_synchronise_folders_is_saved_to(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network disks cannot: the file lay there whole, and saving it was said to have failed."""
+    fsync = os.fsync
+
+    def of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    weights = EDiTWeights.load(saved)
+    monkeypatch.setattr(os, "fsync", of_files)
+    other = saved.with_name("other.safetensors")
+    weights.save(other, replace=False)
+    assert set(EDiTWeights.load(other).tensors) == set(weights.tensors)
+    assert sorted(saved.parent.iterdir()) == [other, saved]
 
 
 def test_weights_of_another_backbone_width_or_depth_are_refused() -> None:

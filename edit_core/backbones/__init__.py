@@ -7,12 +7,22 @@ import pkgutil
 from collections.abc import Iterable
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import EDiTModelError, shown
 from .base import Backbone, Base, BaseLinear, HostCall, Shapes
 
-__all__ = ["BACKBONES", "Backbone", "Base", "BaseLinear", "HostCall", "Shapes", "identify", "identify_module"]
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "Base",
+    "BaseLinear",
+    "HostCall",
+    "Shapes",
+    "identify",
+    "identify_module",
+    "module_tensors",
+]
 
 
 def _discover() -> dict[str, Backbone]:
@@ -92,8 +102,13 @@ def _check_width(base: Base, shapes: Shapes, source: str) -> None:
 
 def identify_module(module: nn.Module) -> Base:
     """:func:`identify` for a model in memory. Reads names and shapes alone: quantised weights stay untouched."""
-    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    shapes = {key: tuple(value.shape) for key, value in module_tensors(module).items()}
     return identify(shapes, f"this {type(module).__name__}")
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors by their names without the level that PEFT puts around a linear that a LoRA changes."""
+    return {key.replace(".base_layer.", "."): value for key, value in module.state_dict().items()}
 
 
 def _foreign(keys: Iterable[str]) -> str:

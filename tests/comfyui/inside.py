@@ -225,7 +225,7 @@ def check_min_tokens_auto_is_the_crossover_measured_here(b: str) -> Any:
     plain, edit = sample(base), sample(apply(base, w))
     kept, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME"), str(BASE / f"cache-{b}")
     try:
-        name = crossover.key(b, base.model.get_dtype_inference(), base.load_device)
+        name = crossover.key(b, base.model.manual_cast_dtype or base.model.get_dtype(), base.load_device)
         for tokens, want in ((341, plain), (340, edit)):  # latents of 34x40 are 17x20 tokens
             crossover.save({name: tokens})
             same(sample(apply(base, w, min_tokens=-1)), want, f"a crossover at {tokens} tokens")
@@ -255,6 +255,17 @@ def check_what_stays_dense_says_why_once(b: str) -> Any:
         assert error(a, z) > 1e-5, "a percent range had no effect"
     both = apply(apply(base, w, end_percent=0.5), w, start_percent=0.5)
     same(sample(both, steps=4), full, "two halves make the whole")
+    return None
+
+
+def check_a_range_from_the_start_holds_the_first_step_at_every_shift(b: str) -> Any:
+    base, w = load(b), weights(b)
+    sampling = copy.deepcopy(base.get_model_object("model_sampling"))
+    if b == "sd35_medium":  # whose first sigma should be 1, and with this shift is rounded to a little more
+        sampling.set_parameters(shift=1.58)
+        assert float(sampling.sigma_max) > sampling.percent_to_sigma(0.0)
+    base.add_object_patch("model_sampling", sampling)
+    same(sample(apply(base, w, end_percent=0.5), steps=1), sample(apply(base, w), steps=1), "the first step")
     return None
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from pathlib import Path
 from typing import Any
 
-from host import folder_paths, load, run, user_error
+from host import BASE, folder_paths, load, run, user_error
+
+import nodes
 
 
 def found(root: Path) -> set[str]:
@@ -45,3 +48,22 @@ def check_saving_stays_in_its_folder_and_replaces_nothing(b: str) -> Any:
         os.unlink(edit / other)
     assert not any("\n" in line for line in said)
     return said
+
+
+def check_a_folder_in_extra_model_paths_is_read_and_not_saved_to(b: str) -> Any:
+    made = run("EDiTInit", model=load(b), compression=4, layers="0")
+    files = importlib.import_module(nodes.NODE_CLASS_MAPPINGS["EDiTSaveWeights"].__module__)
+    edit, other = Path(folder_paths.models_dir, "edit"), BASE / f"elsewhere-{b}"
+    kept = folder_paths.folder_names_and_paths.pop("edit")
+    try:
+        folder_paths.add_model_folder_path("edit", str(other))  # as ComfyUI does at its start, before it loads packs
+        files.register_model_folder()
+        run("EDiTSaveWeights", edit_weights=made, filename_prefix=f"{b}_extra")
+        (saved,) = edit.glob(f"{b}_extra*")
+        assert not other.exists()
+        other.mkdir()
+        saved.rename(other / saved.name)
+        assert list(run("EDiTLoadWeights", edit_name=saved.name).sites) == [0]
+    finally:
+        folder_paths.folder_names_and_paths["edit"] = kept
+    return None
