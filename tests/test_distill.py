@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from support import models, training
 from support.train_child import stop_after
 
-from edit_core import EDiTConfigError, EDiTError, EDiTWeights, apply_edit
+from edit_core import EDiTConfig, EDiTConfigError, EDiTError, EDiTWeights, apply_edit
 from edit_core.cli import main
 from edit_core.distill.calibrate import calibrate
 from edit_core.distill.checkpoint import latest_checkpoint, save_checkpoint
@@ -322,6 +322,8 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path: P
         ("stages.1.accumulation=3", "batch_size=2 is not a multiple of accumulation=3"),
         ("seed", "field=value"),
         ("colour=red", "colour"),
+        ("colour.red=1", "colour"),
+        ("student.colour=1", "colour"),
     ],
 )
 def test_a_wrong_field_is_named_before_anything_is_loaded(override: str, part: str) -> None:
@@ -329,6 +331,23 @@ def test_a_wrong_field_is_named_before_anything_is_loaded(override: str, part: s
         load_config("debug", [override])
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_fields_of_parts_that_a_configuration_leaves_out_can_be_overridden() -> None:
+    config = load_config(
+        "pixart_sigma_24gb", ["watch.preview_every=0", "student.preset=paper", "student.compression=2"]
+    )
+    assert config.watch.preview_every == 0
+    assert config.watch.evaluate_every == load_config("pixart_sigma_24gb").watch.evaluate_every
+    assert config.edit_config() == EDiTConfig.preset("paper", compression=2)
+
+
+def test_prodigy_is_refused_two_learning_rates_before_its_first_step_is() -> None:
+    changes = ["optimizer=prodigy", "trainable=low_rank"]
+    with pytest.raises(EDiTConfigError, match="prodigy takes one learning rate"):
+        load_config("pixart_sigma_24gb", changes)
+    assert load_config("pixart_sigma_24gb", [*changes, "base_lr=1"]).optimizer == "prodigy"
+    assert load_config("pixart_sigma_24gb", ["optimizer=prodigy"]).trainable == "side"
 
 
 def test_shipped_configurations_are_valid_and_missing_ones_are_said_to_be_so(tmp_path: Path) -> None:
