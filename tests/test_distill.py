@@ -172,6 +172,47 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(prepared: Any, tmp_path: 
     assert main(["distill", "--config", str(file)]) == 2, "an earlier run is not written over"
 
 
+def test_a_signal_while_processes_ask_each_other_is_not_lost(prepared: Any, tmp_path: Path) -> None:
+    engine = Engine(training.config(prepared("pixart_sigma"), tmp_path, {**TRANSFER, "steps": 6}))
+
+    def signalled(flag: bool) -> bool:
+        engine.stopping = True  # as the handler does, when the flag is on its way already
+        return flag
+
+    engine.processes.any = signalled  # type: ignore[method-assign]
+    engine.run()
+    assert engine.total == 2
+
+
+def test_a_signal_that_the_others_have_not_heard_of_stops_after_the_next_step_alone(
+    prepared: Any, tmp_path: Path
+) -> None:
+    engine = Engine(training.config(prepared("pixart_sigma"), tmp_path, {**TRANSFER, "steps": 2}, TRANSFER))
+    run_stage = engine._run_stage
+
+    def signalled(*args: Any) -> Any:
+        stopped = run_stage(*args)
+        engine.stopping = True  # after the stage's last step: the others are on their way to the next stage
+        return stopped
+
+    engine._run_stage = signalled  # type: ignore[method-assign]
+    engine.run()
+    assert (engine.stage_index, engine.step, engine.total) == (1, 1, 3)
+
+
+def test_rates_and_decays_that_were_changed_hold_for_a_resumed_run(prepared: Any, tmp_path: Path) -> None:
+    paths, fields = prepared("pixart_sigma"), {"trainable": "low_rank", "rank": 2}
+    engine = Engine(training.config(paths, tmp_path, TRANSFER, **fields))
+    stop_after(engine, 2)
+    engine.run()
+    changed = Engine(training.config(paths, tmp_path, TRANSFER, **fields, base_lr=0.5, weight_decay=0.01))
+    assert changed.resume()
+    assert [(group["share"], group["weight_decay"]) for group in changed.optimizer.param_groups] == [
+        (1.0, 0.01),
+        (0.5, 0.01),
+    ]
+
+
 def test_steps_that_are_not_finite_are_skipped_counted_and_limited(prepared: Any, tmp_path: Path) -> None:
     config = training.config(prepared("pixart_sigma"), tmp_path / "run", {**TRANSFER, "steps": 20}, max_skipped=2)
     engine = Engine(config)

@@ -123,15 +123,15 @@ class Engine:
 
     def _run_stages(self, journal: Journal | None) -> None:
         while self.stage_index < len(self.config.stages):
-            self._run_stage(self.config.stages[self.stage_index], journal)
-            if self.stopping:
+            if self._run_stage(self.config.stages[self.stage_index], journal):
                 return
             self.stage_index, self.step = self.stage_index + 1, 0
             if self.stage_index < len(self.config.stages):
                 self.optimizer = self._optimizer(self.config.stages[self.stage_index])
             self.save()
 
-    def _run_stage(self, stage: Stage, journal: Journal | None) -> None:
+    def _run_stage(self, stage: Stage, journal: Journal | None) -> bool:
+        """Says whether it was told to stop, which all processes agree on after a step, and not on a signal alone."""
         data = self.data[self.stage_index]
         plan = self._plan(data, stage, self._seed("plan"))
         batches = read_ahead(lambda step: data.collate(plan.batch(step)), range(self.step, stage.steps))
@@ -153,11 +153,11 @@ class Engine:
                     lr = self.optimizer.param_groups[0]["lr"]
                     journal.write({**where, **values, "lr": lr, "seconds": seconds, "memory": self._memory()})
                 self._look(stage, data, journal)
-                self.stopping = self.processes.any(self.stopping)
-                if self.stopping:
-                    return
+                if self.processes.any(self.stopping):
+                    return True
                 if self.step % self.config.checkpoint_every == 0 and self.step < stage.steps:
                     self.save()
+        return False
 
     def _plan(self, data: CachedLatents, stage: Stage, seed: int) -> BatchPlan:
         world = self.processes.world
@@ -396,7 +396,10 @@ class Engine:
         fresh = self.optimizer.state_dict()["param_groups"]
         if not state:  # the checkpoint closed a stage: the next one begins with an optimiser of its own
             return
-        merged = [{**old, **saved, "params": old["params"]} for old, saved in zip(fresh, groups, strict=True)]
+        kept = ("params", "share", "weight_decay")  # the configuration's, which may have changed since
+        merged = [
+            {**old, **saved, **{name: old[name] for name in kept}} for old, saved in zip(fresh, groups, strict=True)
+        ]
         self.optimizer.load_state_dict({"state": state, "param_groups": merged})
 
     def export(self) -> Path:
