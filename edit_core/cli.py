@@ -8,9 +8,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from . import __version__
 from .commands import COMMANDS
-from .errors import EDiTError, EDiTResultError
+from .errors import EDiTError, EDiTResultError, said
 
 __all__ = ["main"]
 
@@ -41,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("edit_core: stopped", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        advice = "take fewer or smaller pictures at a time, or a narrower dtype"
+        print(f"edit_core: the device's memory does not suffice ({said(error)}); {advice}", file=sys.stderr)
+        return 2
     if result is not None:
         print(json.dumps(result.data, indent=1) if options.json else result.text)
     return 0

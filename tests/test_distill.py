@@ -214,6 +214,24 @@ def test_rates_and_decays_that_were_changed_hold_for_a_resumed_run(prepared: Any
     ]
 
 
+def test_a_batch_that_the_device_cannot_hold_is_said_to_be_so(
+    prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    config = training.config(prepared("pixart_sigma"), tmp_path / "run", TRANSFER)
+    step = Engine._train_step
+
+    def too_large(engine: Engine, *args: Any) -> Any:
+        if engine.total == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return step(engine, *args)
+
+    monkeypatch.setattr(Engine, "_train_step", too_large)
+    assert main(["distill", "--config", str(write_yaml(config, tmp_path / "run.yaml"))]) == 2
+    err = capsys.readouterr().err
+    assert "after step 4 (CUDA out of memory. Tried to allocate 20.00 GiB.); raise the accumulation" in err
+    assert latest_checkpoint(config.output / "checkpoints") is not None
+
+
 def test_steps_that_are_not_finite_are_skipped_counted_and_limited(prepared: Any, tmp_path: Path) -> None:
     config = training.config(prepared("pixart_sigma"), tmp_path / "run", {**TRANSFER, "steps": 20}, max_skipped=2)
     engine = Engine(config)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..apply import EDiTHandle, apply_edit
-from ..errors import EDiTError
+from ..errors import EDiTError, said
 from ..runtime import DTYPES
 from ..weights import EDiTWeights
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -101,8 +101,8 @@ class Engine:
         """Trains to the end, or until told to stop; returns the student's file, or the last checkpoint's folder.
 
         Raises:
-            EDiTError: too many steps in a row were not finite, or the output cannot be written; the checkpoints so far
-                are intact.
+            EDiTError: too many steps in a row were not finite, the output cannot be written, or the device's memory
+                does not suffice; the checkpoints so far are intact.
         """
         try:
             journal = Journal(self.config.output, self.total) if self.processes.first else None
@@ -119,6 +119,11 @@ class Engine:
             raise EDiTError(
                 f"{self.config.output} cannot be written to at step {self.total} ({error.strerror or error}); the "
                 "checkpoints so far are intact: make room and go on with --resume latest"
+            ) from None
+        except torch.OutOfMemoryError as error:
+            raise EDiTError(
+                f"the device's memory does not suffice after step {self.total} ({said(error)}); raise the accumulation "
+                "of that stage, or set watch.preview_every=0 if it was drawing, and go on with --resume latest"
             ) from None
 
     def _run_stages(self, journal: Journal | None) -> None:
