@@ -30,7 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON, for machines")
         sub.set_defaults(command=command)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse takes a list of texts in one place alone, and leaves what stands behind a later option
+        if "overrides" not in options or any(text.startswith("-") for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         result = options.command.run(options)

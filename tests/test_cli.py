@@ -126,11 +126,19 @@ def test_mistakes_are_one_line_with_status_two(base: Path, tmp_path: Path, capsy
 
 
 def test_bad_usage_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["dream"], ["init"], ["bench", "--dtype", "int4"]):
+    bad = ["distill", "--config", "debug", "seed=1", "--resume", "latest", "--colour"]
+    for arguments in ([], ["dream"], ["init"], ["bench", "--dtype", "int4"], ["info", "a", "b"], bad):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
     capsys.readouterr()
+
+
+def test_fields_may_stand_before_and_behind_any_option(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["distill", "seed=1", "--config", "debug", "ema=0.5", "--estimate", "model=/nowhere", "ema=0.6"]
+    status, _, err = run(capsys, *command)
+    assert (status, "/nowhere: there is no such file" in err) == (2, True), err
+    assert run(capsys, *command, "ema=7")[2].startswith("edit_core: debug: ema: ")
 
 
 def test_bench_measures_both_models_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
