@@ -389,6 +389,7 @@ class Engine:
             self.optimizer = self._optimizer(self.config.stages[self.stage_index])
             self._restore_optimizer(tensors, state["groups"])
         self.scaler.load_state_dict(state["scaler"])
+        self.processes.wait()  # a run that stopped at a stage's end writes this checkpoint anew before its next step
         return True
 
     def _restore_optimizer(self, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
