@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import models, training
 from support.train_child import stop_after
 
@@ -477,7 +477,7 @@ def test_skipped_steps_that_are_not_in_a_row_do_not_stop_a_run(prepared: Any, tm
     assert engine.skipped == 6
 
 
-def test_a_checkpoint_of_another_student_is_refused(prepared: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_student_or_teacher_is_refused(prepared: Any, tmp_path: Path) -> None:
     paths = prepared("pixart_sigma")
     Engine(training.config(paths, tmp_path / "run", TRANSFER)).run()
     other = Engine(training.config(paths, tmp_path / "run", TRANSFER, student={"compression": 2}))
@@ -485,6 +485,12 @@ def test_a_checkpoint_of_another_student_is_refused(prepared: Any, tmp_path: Pat
         other.resume()
     checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert checkpoint is not None
+    tensors = load_file(checkpoint / "tensors.safetensors")
+    name = next(name for name in tensors if name.startswith("weights.") and len(tensors[name]) > 1)
+    for of_another_model in ({**tensors, name: tensors[name][:-1]}, {n: t for n, t in tensors.items() if n != name}):
+        save_file(of_another_model, checkpoint / "tensors.safetensors")
+        with pytest.raises(EDiTError, match="another model"):
+            Engine(training.config(paths, tmp_path / "run", TRANSFER)).resume()
     (checkpoint / "tensors.safetensors").write_bytes(b"cut")
     with pytest.raises(EDiTError, match="is damaged"):
         Engine(training.config(paths, tmp_path / "run", TRANSFER)).resume()

@@ -366,7 +366,7 @@ class Engine:
         """Goes on from the newest checkpoint; False where there is none.
 
         Raises:
-            EDiTError: it is damaged, or of another student.
+            EDiTError: it is damaged, or of another student or teacher.
         """
         path = latest_checkpoint(self.config.output / "checkpoints")
         if path is None:
@@ -378,6 +378,9 @@ class Engine:
                 raise EDiTError(
                     f"{path} was made with another {field} ({state['config'][field]!r}); choose another output folder"
                 )
+        shapes = {name: tensors[key].shape for name in self.parameters if (key := f"weights.{name}") in tensors}
+        if shapes != {name: parameter.shape for name, parameter in self.parameters.items()}:
+            raise EDiTError(f"{path} was made with another model, of other shapes; choose another output folder")
         self.stage_index, self.step, self.total = state["stage"], state["step"], state["total"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         with torch.no_grad():
