@@ -8,9 +8,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from . import __version__
 from .commands import COMMANDS
-from .errors import EDiTError, EDiTResultError
+from .errors import EDiTError, EDiTResultError, said
 
 __all__ = ["main"]
 
@@ -33,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON, for machines")
         sub.set_defaults(command=command)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse takes a list of texts in one place alone, and leaves what stands behind a later option
+        if "overrides" not in options or any(text.startswith("-") for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         result = options.command.run(options)
@@ -46,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("edit_core: stopped", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        advice = "take fewer or smaller pictures at a time, or a narrower dtype"
+        print(f"edit_core: the device's memory does not suffice ({said(error)}); {advice}", file=sys.stderr)
+        return 2
     if result is not None:
         print(json.dumps(result.data, indent=1) if options.json else result.text)
     return 0

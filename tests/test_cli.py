@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from support import comfy, models
 
@@ -82,6 +83,12 @@ def test_mistakes_are_one_line_with_status_two(base: Path, tmp_path: Path, capsy
     other = tmp_path / "o.safetensors"
     cut = tmp_path / "cut.safetensors"
     comfy.cut(weights, cut)
+    for name, text in (("utf16", "a fox\n".encode("utf-16")), ("blank", b"\n \n"), ("prompts", b"a fox\n")):
+        (tmp_path / name).write_bytes(text)
+    damaged = tmp_path / "damaged"
+    (damaged / "transformer").mkdir(parents=True)
+    (damaged / "transformer" / "config.json").write_text("{")
+    calibrate = ("calibrate", "--model", damaged, "--output", other, "--prompts")
     for arguments, part in (
         (("init", base / "pixart_alpha.safetensors", other), "is PixArt-α"),
         (("init", base / "flux.safetensors", other), "is FLUX"),
@@ -103,6 +110,11 @@ def test_mistakes_are_one_line_with_status_two(base: Path, tmp_path: Path, capsy
         (("bench", "--level", "transformer", "--blocks", "1", "--sizes", "64", "--layers", "3-"), "is not a block"),
         (("demo", "--size", "1000"), "multiples of 16"),
         (("demo", "--steps", "0"), "at least 1"),
+        ((*calibrate, tmp_path / "none"), "there is no such file of prompts"),
+        ((*calibrate, tmp_path / "utf16"), "cannot be read as text"),
+        ((*calibrate, tmp_path / "blank"), "holds no prompt"),
+        ((*calibrate, tmp_path / "prompts", "--lr", "-1"), "--lr must be above 0"),
+        ((*calibrate, tmp_path / "prompts"), "config.json: cannot be read"),
     ):
         status, out, err = run(capsys, *arguments)
         assert (status, out) == (2, ""), (arguments, err)
@@ -115,11 +127,19 @@ def test_mistakes_are_one_line_with_status_two(base: Path, tmp_path: Path, capsy
 
 
 def test_bad_usage_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["dream"], ["init"], ["bench", "--dtype", "int4"]):
+    bad = ["distill", "--config", "debug", "seed=1", "--resume", "latest", "--colour"]
+    for arguments in ([], ["dream"], ["init"], ["bench", "--dtype", "int4"], ["info", "a", "b"], bad):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
     capsys.readouterr()
+
+
+def test_fields_may_stand_before_and_behind_any_option(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["distill", "seed=1", "--config", "debug", "ema=0.5", "--estimate", "model=/nowhere", "ema=0.6"]
+    status, _, err = run(capsys, *command)
+    assert (status, "/nowhere: there is no such file" in err) == (2, True), err
+    assert run(capsys, *command, "ema=7")[2].startswith("edit_core: debug: ema: ")
 
 
 def test_bench_measures_both_models_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,6 +177,18 @@ def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
     monkeypatch.setattr(COMMANDS["info"], "run", interrupted)
     assert run(capsys, "info", "x") == (130, "", "edit_core: stopped\n")
+
+
+def test_memory_that_does_not_suffice_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nAnd more")
+
+    monkeypatch.setattr(COMMANDS["info"], "run", too_large)
+    status, out, err = run(capsys, "info", "x")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "memory does not suffice (CUDA out of memory. Tried to allocate 20.00 GiB." in err
 
 
 def test_the_package_needs_only_torch_safetensors_and_einops(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import models, training
 from support.train_child import stop_after
 
-from edit_core import EDiTConfigError, EDiTError, EDiTWeights, apply_edit
+from edit_core import EDiTConfig, EDiTConfigError, EDiTError, EDiTWeights, apply_edit
 from edit_core.cli import main
 from edit_core.distill.calibrate import calibrate
 from edit_core.distill.checkpoint import latest_checkpoint, save_checkpoint
@@ -29,6 +29,7 @@ from edit_core.distill.dataset import CachedLatents
 from edit_core.distill.distance import Distance, teacher_distance
 from edit_core.distill.engine import Engine
 from edit_core.distill.losses import FeatureTap, dense_tap, weighted_mse
+from edit_core.distill.memory import estimate
 from edit_core.distill.objective import noise_batch, task_target
 from edit_core.distill.teacher import load_teacher
 
@@ -170,6 +171,65 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(prepared: Any, tmp_path: 
     assert "goes on with --resume latest" in out
     assert latest_checkpoint(config.output / "checkpoints") is not None
     assert main(["distill", "--config", str(file)]) == 2, "an earlier run is not written over"
+
+
+def test_a_signal_while_processes_ask_each_other_is_not_lost(prepared: Any, tmp_path: Path) -> None:
+    engine = Engine(training.config(prepared("pixart_sigma"), tmp_path, {**TRANSFER, "steps": 6}))
+
+    def signalled(flag: bool) -> bool:
+        engine.stopping = True  # as the handler does, when the flag is on its way already
+        return flag
+
+    engine.processes.any = signalled  # type: ignore[method-assign]
+    engine.run()
+    assert engine.total == 2
+
+
+def test_a_signal_that_the_others_have_not_heard_of_stops_after_the_next_step_alone(
+    prepared: Any, tmp_path: Path
+) -> None:
+    engine = Engine(training.config(prepared("pixart_sigma"), tmp_path, {**TRANSFER, "steps": 2}, TRANSFER))
+    run_stage = engine._run_stage
+
+    def signalled(*args: Any) -> Any:
+        stopped = run_stage(*args)
+        engine.stopping = True  # after the stage's last step: the others are on their way to the next stage
+        return stopped
+
+    engine._run_stage = signalled  # type: ignore[method-assign]
+    engine.run()
+    assert (engine.stage_index, engine.step, engine.total) == (1, 1, 3)
+
+
+def test_rates_and_decays_that_were_changed_hold_for_a_resumed_run(prepared: Any, tmp_path: Path) -> None:
+    paths, fields = prepared("pixart_sigma"), {"trainable": "low_rank", "rank": 2}
+    engine = Engine(training.config(paths, tmp_path, TRANSFER, **fields))
+    stop_after(engine, 2)
+    engine.run()
+    changed = Engine(training.config(paths, tmp_path, TRANSFER, **fields, base_lr=0.5, weight_decay=0.01))
+    assert changed.resume()
+    assert [(group["share"], group["weight_decay"]) for group in changed.optimizer.param_groups] == [
+        (1.0, 0.01),
+        (0.5, 0.01),
+    ]
+
+
+def test_a_batch_that_the_device_cannot_hold_is_said_to_be_so(
+    prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    config = training.config(prepared("pixart_sigma"), tmp_path / "run", TRANSFER)
+    step = Engine._train_step
+
+    def too_large(engine: Engine, *args: Any) -> Any:
+        if engine.total == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return step(engine, *args)
+
+    monkeypatch.setattr(Engine, "_train_step", too_large)
+    assert main(["distill", "--config", str(write_yaml(config, tmp_path / "run.yaml"))]) == 2
+    err = capsys.readouterr().err
+    assert "after step 4 (CUDA out of memory. Tried to allocate 20.00 GiB.); raise the accumulation" in err
+    assert latest_checkpoint(config.output / "checkpoints") is not None
 
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_limited(prepared: Any, tmp_path: Path) -> None:
@@ -322,6 +382,8 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path: P
         ("stages.1.accumulation=3", "batch_size=2 is not a multiple of accumulation=3"),
         ("seed", "field=value"),
         ("colour=red", "colour"),
+        ("colour.red=1", "colour"),
+        ("student.colour=1", "colour"),
     ],
 )
 def test_a_wrong_field_is_named_before_anything_is_loaded(override: str, part: str) -> None:
@@ -329,6 +391,23 @@ def test_a_wrong_field_is_named_before_anything_is_loaded(override: str, part: s
         load_config("debug", [override])
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_fields_of_parts_that_a_configuration_leaves_out_can_be_overridden() -> None:
+    config = load_config(
+        "pixart_sigma_24gb", ["watch.preview_every=0", "student.preset=paper", "student.compression=2"]
+    )
+    assert config.watch.preview_every == 0
+    assert config.watch.evaluate_every == load_config("pixart_sigma_24gb").watch.evaluate_every
+    assert config.edit_config() == EDiTConfig.preset("paper", compression=2)
+
+
+def test_prodigy_is_refused_two_learning_rates_before_its_first_step_is() -> None:
+    changes = ["optimizer=prodigy", "trainable=low_rank"]
+    with pytest.raises(EDiTConfigError, match="prodigy takes one learning rate"):
+        load_config("pixart_sigma_24gb", changes)
+    assert load_config("pixart_sigma_24gb", [*changes, "base_lr=1"]).optimizer == "prodigy"
+    assert load_config("pixart_sigma_24gb", ["optimizer=prodigy"]).trainable == "side"
 
 
 def test_shipped_configurations_are_valid_and_missing_ones_are_said_to_be_so(tmp_path: Path) -> None:
@@ -398,7 +477,7 @@ def test_skipped_steps_that_are_not_in_a_row_do_not_stop_a_run(prepared: Any, tm
     assert engine.skipped == 6
 
 
-def test_a_checkpoint_of_another_student_is_refused(prepared: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_student_or_teacher_is_refused(prepared: Any, tmp_path: Path) -> None:
     paths = prepared("pixart_sigma")
     Engine(training.config(paths, tmp_path / "run", TRANSFER)).run()
     other = Engine(training.config(paths, tmp_path / "run", TRANSFER, student={"compression": 2}))
@@ -406,6 +485,12 @@ def test_a_checkpoint_of_another_student_is_refused(prepared: Any, tmp_path: Pat
         other.resume()
     checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert checkpoint is not None
+    tensors = load_file(checkpoint / "tensors.safetensors")
+    name = next(name for name in tensors if name.startswith("weights.") and len(tensors[name]) > 1)
+    for of_another_model in ({**tensors, name: tensors[name][:-1]}, {n: t for n, t in tensors.items() if n != name}):
+        save_file(of_another_model, checkpoint / "tensors.safetensors")
+        with pytest.raises(EDiTError, match="another model"):
+            Engine(training.config(paths, tmp_path / "run", TRANSFER)).resume()
     (checkpoint / "tensors.safetensors").write_bytes(b"cut")
     with pytest.raises(EDiTError, match="is damaged"):
         Engine(training.config(paths, tmp_path / "run", TRANSFER)).resume()
@@ -526,3 +611,33 @@ def test_the_estimate_of_memory_needs_no_loading(prepared: Any, tmp_path: Path, 
     assert transfer["trained"] == sum(16 * t.numel() for t in trained)
     assert transfer["activations"] < distill["activations"]
     assert not config.output.joinpath("checkpoints").exists()
+
+
+def test_the_estimate_of_memory_is_for_as_many_processes_as_were_started(
+    prepared: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = training.config(prepared("sd35_medium"), tmp_path, {"kind": "distill", "batch_size": 8})
+    command = ["distill", "--config", str(write_yaml(config, tmp_path / "a.yaml")), "--estimate", "--json"]
+    found = []
+    for process in ({}, {"WORLD_SIZE": "4"}, {"ACCELERATE_USE_FSDP": "true"}, {"RANK": "1"}):
+        for name, value in process.items():
+            monkeypatch.setenv(name, value)
+        assert main(command) == 0
+        found.append(capsys.readouterr().out)
+    alone, four, split = (json.loads(text)[0] for text in found[:3])
+    assert found[3] == "", "one of the processes says it"
+    assert four["base"] == alone["base"] == 4 * split["base"]
+    assert alone["activations"] == 4 * four["activations"]
+    assert "2 pictures at a time" in four["stage"]
+
+
+def test_the_estimate_of_memory_counts_previews_which_may_take_more_than_a_step(prepared: Any, tmp_path: Path) -> None:
+    stages = ({"kind": "distill", "resolution": 2048, "batch_size": 1},)
+    drawn = {"watch": {"held_out": 2, "preview_every": 5}}
+    blind, seeing = (
+        estimate(training.config(prepared("sd35_medium"), tmp_path, *stages, **fields))[0] for fields in ({}, drawn)
+    )
+    assert blind.previews == 0
+    assert seeing.base - blind.base > 3e8, "the VAE"
+    assert seeing.previews > 3 * 4 * 256 * 2048**2, "what a decoder's last block holds of its 256 channels"
+    assert seeing.total == seeing.base + seeing.trained + max(seeing.activations, seeing.previews)

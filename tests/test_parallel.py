@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from support import models, training
+from support.train_child import stop_after
 
 from edit_core import EDiTError
 from edit_core.distill.engine import Engine
@@ -85,6 +86,21 @@ def test_two_processes_train_as_one_and_checkpoints_move_between_them(
         for key, tensor in load_file(tmp_path / name / "student.safetensors").items():
             # Adam divides by a gradient's size, so that one near zero may step either way for rounding.
             assert models.relative_error(tensor, weights[key]) < 1e-2 or tensor.abs().max() < 1e-2, (name, key)
+
+
+def test_no_process_writes_a_checkpoint_before_all_have_read_the_one_they_resume_from(
+    prepared: Any, tmp_path: Path
+) -> None:
+    stage = {"kind": "transfer", "steps": 2}
+    config = training.config(prepared("pixart_sigma"), tmp_path, stage, stage)
+    engine = Engine(config)
+    stop_after(engine, 2)  # at the stage's end, so that going on begins with a checkpoint of the same name
+    engine.run()
+    engine = Engine(config)
+    waited: list[tuple[int, int]] = []
+    engine.processes.wait = lambda: waited.append((engine.stage_index, engine.total))  # type: ignore[method-assign]
+    assert engine.resume()
+    assert waited == [(0, 2)]
 
 
 def test_a_batch_that_processes_cannot_share_is_said_to_be_so(prepared: Any, tmp_path: Path) -> None:

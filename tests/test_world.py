@@ -282,6 +282,13 @@ def test_teachers_are_small_and_take_every_size(backbone: str) -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_teacher_draws_in_half_precision_as_demo_offers_it(backbone: str) -> None:
+    model = torch.nn.Module.to(build(backbone), torch.bfloat16)
+    drawn = draw(backbone, model, ["a large red circle"], [0], width=64, height=64, steps=2)
+    assert drawn.shape == (1, 64, 64, 3) and drawn.dtype == torch.uint8
+
+
 @pytest.mark.parametrize("backbone", SD35_FIRST)
 def test_a_training_learns_and_goes_on_as_if_it_had_not_stopped(
     backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

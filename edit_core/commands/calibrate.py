@@ -13,7 +13,15 @@ from ..errors import EDiTError
 from ..files import new_output
 from ..runtime import DTYPES, progress
 from ..weights import EDiTWeights
-from .common import Result, add_config_arguments, add_device_arguments, add_trainable_arguments, config_of, device_of
+from .common import (
+    Result,
+    add_config_arguments,
+    add_device_arguments,
+    add_trainable_arguments,
+    config_of,
+    device_of,
+    read_prompts,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Any) -> Result:
-    output, prompts = new_output(options.output), Path(options.prompts)
-    if not prompts.is_file():
-        raise EDiTError(f"{prompts}: there is no such file")
+    output, prompts = new_output(options.output), read_prompts(options.prompts)
     if options.steps < 1 or options.sampler_steps < 1 or options.size < 16 or options.size % 16:
         raise EDiTError("--steps and --sampler-steps must be at least 1, and --size a multiple of 16")
-    texts = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not options.lr > 0:
+        raise EDiTError("--lr must be above 0")
     try:
         from ..distill.calibrate import calibrate
         from ..distill.encoders import PipelineEncoder
@@ -56,7 +63,7 @@ def run(options: Any) -> Result:
             transformer, config_of(options), options.layers, options.seed, options.trainable, options.rank
         )
     encoder = PipelineEncoder(options.model, device, dtype)
-    conditions, negative = [encoder.encode_prompts([text]) for text in texts], encoder.encode_prompts([""])
+    conditions, negative = [encoder.encode_prompts([text]) for text in prompts], encoder.encode_prompts([""])
     del encoder
     bar = iter(progress(range(options.steps), options.steps, "calibrate"))
 

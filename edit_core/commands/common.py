@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ..backbones import BACKBONES
 from ..config import CHOICES, DEFAULT, PRESETS, EDiTConfig
 from ..differences import Trainable
+from ..errors import EDiTError
 from ..runtime import DTYPES, usable_device
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "backbones_of",
     "config_of",
     "device_of",
+    "read_prompts",
 ]
 
 
@@ -96,6 +99,24 @@ def add_trainable_arguments(parser: argparse.ArgumentParser) -> None:
 def config_of(options: Any) -> EDiTConfig:
     given = {name: value for name, value in vars(options).items() if name in ("compression", "local", *_FIELDS)}
     return EDiTConfig.preset(options.preset, **given)
+
+
+def read_prompts(path: str) -> tuple[str, ...]:
+    """The lines of a text file, without empty ones.
+
+    Raises:
+        EDiTError: it cannot be read, or holds none.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise EDiTError(f"{path}: there is no such file of prompts") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EDiTError(f"{path}: cannot be read as text ({error})") from None
+    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not prompts:
+        raise EDiTError(f"{path}: holds no prompt; write one per line")
+    return prompts
 
 
 def device_of(options: Any) -> torch.device:

@@ -7,6 +7,7 @@ been stopped. On several devices: accelerate launch --multi_gpu (or --use_fsdp -
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,9 @@ from .common import Result
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="a field to change, as stages.0.steps=100")
     parser.add_argument("--config", required=True, help="a YAML file, or the name of one that ships in this package")
-    parser.add_argument("--estimate", action="store_true", help="say how much memory it will take, and stop")
+    parser.add_argument(
+        "--estimate", action="store_true", help="say how much memory it will take per process, and stop"
+    )
     parser.add_argument("--resume", choices=["latest"], help="go on from the newest checkpoint, if there is one")
 
 
@@ -26,11 +29,16 @@ def run(options: Any) -> Result | None:
         from ..distill.config import load_config
         from ..distill.engine import Engine
         from ..distill.memory import estimate
+        from ..distill.parallel import sharded
     except ImportError as error:
         raise EDiTError(f"distill needs {error.name}: install edit-attention[distill]") from None
     config = load_config(options.config, options.overrides)
     if options.estimate:
-        found = estimate(config)
+        # As the launcher says it: nothing is started for an estimate, so that the devices need not be there.
+        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        if rank:
+            return None
+        found = estimate(config, world, sharded(world))
         return Result("\n".join(map(str, found)), [{**asdict(e), "total": e.total} for e in found])
     checkpoints = config.output / "checkpoints"
     if options.resume is None and checkpoints.is_dir() and any(checkpoints.iterdir()):

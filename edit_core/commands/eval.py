@@ -26,7 +26,7 @@ from ..files import write_file
 from ..layers import format_layers
 from ..runtime import DTYPES
 from ..weights import EDiTWeights, fingerprint
-from .common import Result, add_device_arguments, device_of
+from .common import Result, add_device_arguments, device_of, read_prompts
 
 FORMAT_VERSION = 1
 PROMPTS = (
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Any) -> Result:
-    output, prompts = Path(options.output), _prompts(options.prompts)
+    output, prompts = Path(options.output), PROMPTS if options.prompts is None else read_prompts(options.prompts)
     _check(options, output)
     try:
         from ..distill.dataset import CachedLatents
@@ -160,21 +160,6 @@ def run(options: Any) -> Result:
     # The last of all: where there is an eval.json, everything is there.
     write_file(output / "eval.json", json.dumps(report, indent=1, allow_nan=False).encode())
     return Result(f"{table(report)}\n\n{output / 'index.html'}", report)
-
-
-def _prompts(path: str | None) -> tuple[str, ...]:
-    if path is None:
-        return PROMPTS
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise EDiTError(f"{path}: there is no such file of prompts") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise EDiTError(f"{path}: cannot be read as text ({error})") from None
-    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not prompts:
-        raise EDiTError(f"{path}: holds no prompt; write one per line")
-    return prompts
 
 
 def _check(options: Any, output: Path) -> None:

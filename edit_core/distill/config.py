@@ -163,6 +163,8 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _student(self) -> RunConfig:
         check_trainable(self.edit_config(), self.trainable)
+        if self.optimizer == "prodigy" and self.trainable != "side" and self.base_lr != 1:
+            raise ValueError("prodigy takes one learning rate for all that is trained; set base_lr to 1")
         return self
 
     def edit_config(self) -> EDiTConfig:
@@ -246,10 +248,10 @@ def _override(data: Any, text: str) -> None:
     if not equals:
         raise EDiTConfigError(f"{text!r} is not of the form field=value")
     try:
-        for part in path:
-            data = data[int(part)] if isinstance(data, list) else data[part]
+        for part in path:  # a part that the file leaves out has its defaults
+            data = data[int(part)] if isinstance(data, list) else data.setdefault(part, {})
         data[int(last) if isinstance(data, list) else last] = _yaml(value, field)
     except EDiTConfigError:
         raise
-    except (KeyError, IndexError, ValueError, TypeError):
+    except (AttributeError, IndexError, ValueError, TypeError):
         raise EDiTConfigError(f"{field}: the configuration has no such place") from None

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..apply import EDiTHandle, apply_edit
-from ..errors import EDiTError
+from ..errors import EDiTError, said
 from ..runtime import DTYPES
 from ..weights import EDiTWeights
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -101,8 +101,8 @@ class Engine:
         """Trains to the end, or until told to stop; returns the student's file, or the last checkpoint's folder.
 
         Raises:
-            EDiTError: too many steps in a row were not finite, or the output cannot be written; the checkpoints so far
-                are intact.
+            EDiTError: too many steps in a row were not finite, the output cannot be written, or the device's memory
+                does not suffice; the checkpoints so far are intact.
         """
         try:
             journal = Journal(self.config.output, self.total) if self.processes.first else None
@@ -120,18 +120,23 @@ class Engine:
                 f"{self.config.output} cannot be written to at step {self.total} ({error.strerror or error}); the "
                 "checkpoints so far are intact: make room and go on with --resume latest"
             ) from None
+        except torch.OutOfMemoryError as error:
+            raise EDiTError(
+                f"the device's memory does not suffice after step {self.total} ({said(error)}); raise the accumulation "
+                "of that stage, or set watch.preview_every=0 if it was drawing, and go on with --resume latest"
+            ) from None
 
     def _run_stages(self, journal: Journal | None) -> None:
         while self.stage_index < len(self.config.stages):
-            self._run_stage(self.config.stages[self.stage_index], journal)
-            if self.stopping:
+            if self._run_stage(self.config.stages[self.stage_index], journal):
                 return
             self.stage_index, self.step = self.stage_index + 1, 0
             if self.stage_index < len(self.config.stages):
                 self.optimizer = self._optimizer(self.config.stages[self.stage_index])
             self.save()
 
-    def _run_stage(self, stage: Stage, journal: Journal | None) -> None:
+    def _run_stage(self, stage: Stage, journal: Journal | None) -> bool:
+        """Says whether it was told to stop, which all processes agree on after a step, and not on a signal alone."""
         data = self.data[self.stage_index]
         plan = self._plan(data, stage, self._seed("plan"))
         batches = read_ahead(lambda step: data.collate(plan.batch(step)), range(self.step, stage.steps))
@@ -153,11 +158,11 @@ class Engine:
                     lr = self.optimizer.param_groups[0]["lr"]
                     journal.write({**where, **values, "lr": lr, "seconds": seconds, "memory": self._memory()})
                 self._look(stage, data, journal)
-                self.stopping = self.processes.any(self.stopping)
-                if self.stopping:
-                    return
+                if self.processes.any(self.stopping):
+                    return True
                 if self.step % self.config.checkpoint_every == 0 and self.step < stage.steps:
                     self.save()
+        return False
 
     def _plan(self, data: CachedLatents, stage: Stage, seed: int) -> BatchPlan:
         world = self.processes.world
@@ -361,7 +366,7 @@ class Engine:
         """Goes on from the newest checkpoint; False where there is none.
 
         Raises:
-            EDiTError: it is damaged, or of another student.
+            EDiTError: it is damaged, or of another student or teacher.
         """
         path = latest_checkpoint(self.config.output / "checkpoints")
         if path is None:
@@ -373,6 +378,9 @@ class Engine:
                 raise EDiTError(
                     f"{path} was made with another {field} ({state['config'][field]!r}); choose another output folder"
                 )
+        shapes = {name: tensors[key].shape for name in self.parameters if (key := f"weights.{name}") in tensors}
+        if shapes != {name: parameter.shape for name, parameter in self.parameters.items()}:
+            raise EDiTError(f"{path} was made with another model, of other shapes; choose another output folder")
         self.stage_index, self.step, self.total = state["stage"], state["step"], state["total"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         with torch.no_grad():
@@ -384,6 +392,7 @@ class Engine:
             self.optimizer = self._optimizer(self.config.stages[self.stage_index])
             self._restore_optimizer(tensors, state["groups"])
         self.scaler.load_state_dict(state["scaler"])
+        self.processes.wait()  # a run that stopped at a stage's end writes this checkpoint anew before its next step
         return True
 
     def _restore_optimizer(self, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
@@ -396,7 +405,10 @@ class Engine:
         fresh = self.optimizer.state_dict()["param_groups"]
         if not state:  # the checkpoint closed a stage: the next one begins with an optimiser of its own
             return
-        merged = [{**old, **saved, "params": old["params"]} for old, saved in zip(fresh, groups, strict=True)]
+        kept = ("params", "share", "weight_decay")  # the configuration's, which may have changed since
+        merged = [
+            {**old, **saved, **{name: old[name] for name in kept}} for old, saved in zip(fresh, groups, strict=True)
+        ]
         self.optimizer.load_state_dict({"state": state, "param_groups": merged})
 
     def export(self) -> Path:

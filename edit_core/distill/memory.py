@@ -21,6 +21,9 @@ _GRAPH = {"pixart_sigma": (24, 41), "sd35_medium": (44, 74)}
 _WORKING = 24  # of what a block holds while it runs without a graph: MLP, projections, the teacher's attention
 _STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # bytes of optimiser state per trained weight
 _PATCH = 16  # pixels per side of a token
+# Of previews: the VAE, and what its decoder holds per pixel of the one picture that it works on, both in float32;
+# counted on SDXL's, whose decoder SD3.5's shares.
+_VAE, _DECODER = 335_000_000, 4000
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,24 @@ class Estimate:
 
     stage: str
     base: int
-    """The teacher's weights."""
+    """The teacher's weights, and its VAE's where pictures are drawn."""
     trained: int
     """Trained weights with gradients, average and optimiser state."""
     activations: int
+    previews: int = 0
+    """While pictures are drawn and decoded, which is when no step is under way."""
 
     @property
     def total(self) -> int:
-        return self.base + self.trained + self.activations
+        return self.base + self.trained + max(self.activations, self.previews)
 
     def __str__(self) -> str:
-        parts = (self.total, self.base, self.trained, self.activations)
-        total, base, trained, activations = (f"{part / 1e9:.1f}" for part in parts)
-        return f"{self.stage}: {total} GB = base {base} + trained {trained} + activations {activations}"
+        parts = (self.total, self.base, self.trained, self.activations, self.previews)
+        total, base, trained, activations, previews = (f"{part / 1e9:.1f}" for part in parts)
+        most = f"activations {activations}"
+        if self.previews > self.activations:
+            most = f"previews {previews} (a step's {most})"
+        return f"{self.stage}: {total} GB = base {base} + trained {trained} + {most}"
 
 
 def estimate(config: RunConfig, world: int = 1, sharded: bool = False) -> list[Estimate]:
@@ -72,9 +80,10 @@ def estimate(config: RunConfig, world: int = 1, sharded: bool = False) -> list[E
     return [
         Estimate(
             f"{stage.kind} at {stage.resolution}, {_micro_batch(stage, world)} pictures at a time",
-            weights,
+            weights + (_VAE if config.watch.preview_every else 0),
             trained,
             _activations(stage, world, base.backbone.name, base.depth, attentions) * base.dim * element // 2,
+            _previews(config, stage, base.dim * element // 2),
         )
         for stage in config.stages
     ]
@@ -92,6 +101,14 @@ def _activations(stage: Stage, world: int, backbone: str, depth: int, attentions
     if stage.gradient_checkpointing:
         return tokens * (kept + 2 * depth + block + _WORKING)
     return tokens * (kept + block * depth + _WORKING)
+
+
+def _previews(config: RunConfig, stage: Stage, channels: int) -> int:
+    watch = config.watch
+    if not watch.preview_every:
+        return 0
+    drawn = 2 * min(watch.preview_pictures, watch.held_out) * (stage.resolution // _PATCH) ** 2  # tokens, guided
+    return max(_WORKING * drawn * channels, _DECODER * stage.resolution**2)
 
 
 def _micro_batch(stage: Stage, world: int) -> int:

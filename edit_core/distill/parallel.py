@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import EDiTError
 from ..runtime import usable_device
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "sharded"]
 
 
 class Processes:
@@ -38,7 +38,7 @@ class Processes:
         state = PartialState(cpu=not cuda)
         self.world: int = state.num_processes
         self.rank: int = state.process_index
-        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and self.world > 1
+        self.sharded = sharded(self.world)
         """Whether the base is to be split among the processes."""
         if self.world > 1 and cuda:
             self.device: torch.device = state.device
@@ -98,3 +98,8 @@ class Processes:
         for block in transformer.transformer_blocks:
             fully_shard(block, **arguments)
         fully_shard(transformer, **arguments)
+
+
+def sharded(world: int) -> bool:
+    """Whether so many processes were started to split the base among them, by accelerate's word."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and world > 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import EDiTModelError
+from ..files import read_json
 
 __all__ = ["load_teacher"]
 
@@ -18,6 +18,7 @@ def load_teacher(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
     Raises:
         EDiTModelError: there is none, or not one that EDiT works on.
+        EDiTError: its config.json is damaged.
     """
     from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 
@@ -25,7 +26,8 @@ def load_teacher(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     if not config.is_file():
         raise EDiTModelError(f"{folder}: there is no transformer/config.json; give a diffusers pipeline's folder")
     classes = {c.__name__: c for c in (PixArtTransformer2DModel, SD3Transformer2DModel)}
-    name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    described = read_json(config)
+    name = described.get("_class_name") if isinstance(described, dict) else None
     if name not in classes:
         raise EDiTModelError(f"{folder} holds a {name}; EDiT works on {' and '.join(classes)}")
     try:

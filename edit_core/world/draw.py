@@ -46,7 +46,7 @@ def draw(
     Returns:
         `(B, height, width, 3)` uint8 on the CPU.
     """
-    text, device = WorldText(), next(transformer.parameters()).device
+    text, device, dtype = WorldText(), transformer.device, transformer.dtype
     shape = (CHANNELS[backbone], height // CELL, width // CELL)
     pictures = []
     starts = range(0, len(captions), batch)
@@ -60,9 +60,9 @@ def draw(
         plan = scheduler(backbone)
         plan.set_timesteps(steps, device=device)
         for time in plan.timesteps:
-            latents = torch.cat([latent] * (1 + guided))
+            latents = torch.cat([latent] * (1 + guided)).to(dtype)
             output = transformer(**call_arguments(backbone, latents, time.expand(len(latents)), condition, device))[0]
-            output = prediction(backbone, output)
+            output = prediction(backbone, output).float()
             if guided:
                 with_text, without = output.chunk(2)
                 output = without + guidance * (with_text - without)

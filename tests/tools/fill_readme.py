@@ -93,8 +93,8 @@ def filled_training(guide: str) -> str:
     """The training guide with what a training costs."""
     found = json.loads(TRAINING.read_text(encoding="utf-8"))
     lines = [
-        "Memory of the shipped configurations per process, estimated from the real models' shapes (`--estimate` does "
-        "it for yours):",
+        "Memory of the shipped configurations per process, estimated from the real models' shapes, previews included "
+        "(`--estimate` does it for yours; started by `accelerate launch`, for a process of as many):",
         "",
     ]
     for name, stages in found["estimates"].items():
