@@ -122,7 +122,8 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_
 
     Works under `PixArtSigmaPipeline` and `StableDiffusion3Pipeline`, which call the transformer as before. The side
     weights take the transformer's device and dtype, and follow it where it moves. So do differences on the base's
-    linears, if the weights hold any; they are added to the linears' outputs, and the linears stay as they are.
+    linears, if the weights hold any; they are added to the linears' outputs, and the linears stay as they are. The
+    transformer's state dict holds all of them, too, until they are removed: save the base itself after that.
 
     Args:
         transformer: a `PixArtTransformer2DModel` or `SD3Transformer2DModel`.
