@@ -32,6 +32,7 @@ PIXART_SLOW = [
     "check_calibrating_is_repeatable_and_hears_its_inputs",
     "check_low_precision_teachers_can_be_calibrated",
     "check_report_draws_a_chart_and_suggests_layers",
+    "check_weights_that_change_the_base_are_calibrated_as_a_whole",
 ]
 
 pytestmark = [

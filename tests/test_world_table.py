@@ -37,6 +37,7 @@ def test_a_cache_holds_the_scenes_as_they_are_drawn(backbone: str, tmp_path: Pat
         assert (batch["prompt_embeds"][place].float() - embeds[i]).abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_and_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "classifier.safetensors"
     torch.manual_seed(0)
@@ -52,7 +53,7 @@ def test_a_classifier_learns_and_comes_back(tmp_path: Path) -> None:
         classifier.load(tmp_path / "none.safetensors")
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", models.SD35_FIRST)
 def test_real_scenes_are_worth_more_than_other_ones_and_than_noise(backbone: str) -> None:
     eyes, asked = classifier.load(), judge.scenes(48)
     pictures = judge.real(backbone, asked, 256)
@@ -63,7 +64,7 @@ def test_real_scenes_are_worth_more_than_other_ones_and_than_noise(backbone: str
     assert best["frechet"] < worst["frechet"] / 5
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", models.PIXART_FIRST)
 def test_shipped_teachers_and_students_draw_what_captions_say(backbone: str) -> None:
     transformer = files.load_teacher(backbone)
     weights = EDiTWeights.load(files.shipped("edit", backbone))
