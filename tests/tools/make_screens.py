@@ -99,9 +99,9 @@ def help_page(tab: Tab, kind: str, above: int = 0) -> None:
 
 
 def pictures_loaded(tab: Tab) -> None:
-    """Those that the nodes show."""
+    """Those that the nodes in sight show; the others' are loaded when they come in sight."""
     tab.page.wait_for_function(
-        """() => app.graph._nodes.every(node => (app.nodeOutputs[node.id]?.images ?? []).length === 0
+        """() => app.canvas.visible_nodes.every(node => (app.nodeOutputs[node.id]?.images ?? []).length === 0
           || node.type === "EDiTCompare" || node.imgs?.every(image => image.complete && image.naturalWidth))"""
     )
     tab.page.wait_for_function("() => [...document.images].every(image => image.complete)")
