@@ -152,15 +152,15 @@ def world_table(rows: list[dict[str, Any]], backbone: str) -> str:
 
 
 def _mean(rows: list[dict[str, Any]], *path: str, form: str = "{:.1%}", unit: float = 1) -> str:
-    """A figure's mean over rows that all have it, or none has, with its spread."""
+    """A figure's mean over rows that all have it, or none has, with its standard deviation where that shows."""
     found: list[Any] = rows
     for key in path:
         found = [value[key] for value in found if key in value]
     if not found:
         return "–"
     values = [value / unit for value in found]
-    spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
-    return form.format(statistics.fmean(values)) + spread
+    spread = form.format(statistics.stdev(values)) if len(values) > 1 else form.format(0)
+    return form.format(statistics.fmean(values)) + (f" ± {spread}" if spread != form.format(0) else "")
 
 
 def filled_world(guide: str) -> str:
