@@ -148,7 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--backbone", choices=[*CHANNELS], required=True, help="start one process for each")
-    parser.add_argument("--method", choices=[TEACHER, *METHODS], help="one row alone, judged anew; a training that was begun goes on")
+    parser.add_argument(
+        "--method", choices=[TEACHER, *METHODS], help="one row alone, judged anew; a training that was begun goes on"
+    )
     parser.add_argument("--seed", type=int, default=0, help="with --method")
     parser.add_argument("--results", type=Path, default=Path("docs/world.json"), help="rows are added to this file")
     parser.add_argument("--runs", type=Path, default=Path("out/world"), help="folder for teachers, caches, students")
