@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python -m edit_core demo
 	$(BIN)/python tests/demo_comfyui.py
 
-# Some twelve minutes on two cores; `make test-all` also runs what is marked slow (browsers, soaks, long fuzzing, …).
+# Some ten minutes on two cores; `make test-all` also runs what is marked slow (browsers, soaks, long fuzzing, …).
 test: lint types
 	$(BIN)/python -m pytest -c tests/pytest.ini -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(NOT_SLOW) tests
 

@@ -29,14 +29,15 @@ LONGEST = ("test_teaching_comfyui", "test_workflows", "test_end_to_end", "test_c
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What `make test` has no time for: all but the newest ComfyUI, and what a module's `PIXART_SLOW` names.
 
-    Those checks look at code that is the same for both models, and take seconds each at PixArt-Σ's width.
+    Those checks and tests look at code that is the same for both models, and take seconds each.
     """
     items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
     found = comfy.checkouts()
     older = set(found) - {max(found, key=comfy.version)} if found else set()
     for item in items:
         given = item.callspec.params if hasattr(item, "callspec") else {}
-        slow = given.get("check") in getattr(item.module, "PIXART_SLOW", ())
+        named = getattr(item.module, "PIXART_SLOW", ())
+        slow = given.get("check", item.name.partition("[")[0]) in named
         old = any(isinstance(value, Path) and value in older for value in given.values())
         if old or (slow and given["backbone"] == "pixart_sigma"):
             item.add_marker(pytest.mark.slow)

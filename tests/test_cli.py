@@ -142,6 +142,7 @@ def test_fields_may_stand_before_and_behind_any_option(capsys: pytest.CaptureFix
     assert run(capsys, *command, "ema=7")[2].startswith("edit_core: debug: ema: ")
 
 
+@pytest.mark.slow
 def test_bench_measures_both_models_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = tmp_path / "bench.json"
     status, out, _ = run(

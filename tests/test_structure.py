@@ -204,7 +204,7 @@ def test_a_layer_in_comfyui_calls_its_bases_qkv_once() -> None:
 
 
 @pytest.mark.parametrize("preset", [pytest.param("paper", marks=pytest.mark.slow), "local"])
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", [pytest.param("self", marks=pytest.mark.slow), "joint"])
 def test_attentions_compile_to_one_graph_for_all_sizes(site: str, preset: str) -> None:
     torch._dynamo.reset()
     module = SITES[site](DIM, EDiTConfig.preset(preset)).requires_grad_(False)

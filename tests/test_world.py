@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import SD35_FIRST
 
 from edit_core import EDiTWeights, apply_edit
 from edit_core.distill.objective import call_arguments
@@ -289,7 +288,8 @@ def test_a_teacher_draws_in_half_precision_as_demo_offers_it(backbone: str) -> N
     assert drawn.shape == (1, 64, 64, 3) and drawn.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("backbone", SD35_FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_training_learns_and_goes_on_as_if_it_had_not_stopped(
     backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
