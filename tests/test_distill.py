@@ -24,12 +24,11 @@ from edit_core import EDiTConfig, EDiTConfigError, EDiTError, EDiTWeights, apply
 from edit_core.cli import main
 from edit_core.distill.calibrate import calibrate
 from edit_core.distill.checkpoint import latest_checkpoint, save_checkpoint
-from edit_core.distill.config import RunConfig, load_config
+from edit_core.distill.config import load_config
 from edit_core.distill.dataset import CachedLatents
 from edit_core.distill.distance import Distance, teacher_distance
 from edit_core.distill.engine import Engine
 from edit_core.distill.losses import FeatureTap, dense_tap, weighted_mse
-from edit_core.distill.memory import estimate
 from edit_core.distill.objective import noise_batch, task_target
 from edit_core.distill.teacher import load_teacher
 
@@ -118,11 +117,6 @@ def test_optimisers_of_other_packages_resume_exactly_where_installed(
     assert equal(straight, engine.run())
 
 
-def write_yaml(config: RunConfig, path: Path) -> Path:
-    path.write_text(config.model_dump_json())  # JSON is YAML
-    return path
-
-
 @pytest.mark.parametrize("backbone", models.PIXART_FIRST)
 def test_kills_at_random_moments_lose_nothing_but_steps_since_the_last_checkpoint(
     backbone: str, prepared: Any, tmp_path: Path, record_property: Any
@@ -130,7 +124,7 @@ def test_kills_at_random_moments_lose_nothing_but_steps_since_the_last_checkpoin
     stages = ({**TRANSFER, "steps": 12}, {**DISTILL, "steps": 12})
     straight = Engine(training.config(prepared(backbone), tmp_path / "straight", *stages)).run()
     config = training.config(prepared(backbone), tmp_path / "killed", *stages, checkpoint_every=1)
-    file = write_yaml(config, tmp_path / "run.yaml")
+    file = training.write_yaml(config, tmp_path / "run.yaml")
     command = [sys.executable, "-m", "edit_core", "distill", "--config", str(file), "--resume", "latest", "--json"]
     rng, kills = random.Random(0), 0
     limit = int(os.environ.get("EDIT_TEST_KILLS", "2"))
@@ -160,7 +154,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(prepared: Any, tmp_path: 
     config = training.config(
         prepared("pixart_sigma"), tmp_path / "run", {**TRANSFER, "steps": 5000}, checkpoint_every=5000
     )
-    file = write_yaml(config, tmp_path / "run.yaml")
+    file = training.write_yaml(config, tmp_path / "run.yaml")
     command = [sys.executable, "-m", "edit_core", "distill", "--config", str(file)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (config.output / "metrics.jsonl").exists() or not training.metrics(config.output):
@@ -226,7 +220,7 @@ def test_a_batch_that_the_device_cannot_hold_is_said_to_be_so(
         return step(engine, *args)
 
     monkeypatch.setattr(Engine, "_train_step", too_large)
-    assert main(["distill", "--config", str(write_yaml(config, tmp_path / "run.yaml"))]) == 2
+    assert main(["distill", "--config", str(training.write_yaml(config, tmp_path / "run.yaml"))]) == 2
     err = capsys.readouterr().err
     assert "after step 4 (CUDA out of memory. Tried to allocate 20.00 GiB.); raise the accumulation" in err
     assert latest_checkpoint(config.output / "checkpoints") is not None
@@ -426,7 +420,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(
 ) -> None:
     monkeypatch.setitem(sys.modules, "prodigyopt", None)  # where it is installed
     paths = prepared("pixart_sigma")
-    file = write_yaml(training.config(paths, tmp_path / "run", TRANSFER), tmp_path / "run.yaml")
+    file = training.write_yaml(training.config(paths, tmp_path / "run", TRANSFER), tmp_path / "run.yaml")
     for overrides, part in (
         (["model=/nowhere"], "no transformer/config.json"),
         (["cache=/nowhere"], "/nowhere"),
@@ -597,47 +591,3 @@ def test_short_runs_are_averaged_over_their_last_steps(prepared: Any, tmp_path: 
     moved = sum(float((p.detach() - before[n]).square().sum()) for n, p in engine.parameters.items())
     behind = sum(float((p.detach() - engine.ema[n]).square().sum()) for n, p in engine.parameters.items())
     assert 0 < behind < moved / 2
-
-
-def test_the_estimate_of_memory_needs_no_loading(prepared: Any, tmp_path: Path, capsys: Any) -> None:
-    config = training.config(
-        prepared("sd35_medium"), tmp_path, TRANSFER, {"kind": "distill"}, trainable="full", ema=0.0
-    )
-    assert main(["distill", "--config", str(write_yaml(config, tmp_path / "a.yaml")), "--estimate", "--json"]) == 0
-    transfer, distill = json.loads(capsys.readouterr().out)
-    transformer = load_teacher(config.model, torch.float32, torch.device("cpu"))
-    assert transfer["base"] == sum(4 * t.numel() for t in transformer.state_dict().values())
-    trained = EDiTWeights.init(transformer, trainable="full").tensors.values()
-    assert transfer["trained"] == sum(16 * t.numel() for t in trained)
-    assert transfer["activations"] < distill["activations"]
-    assert not config.output.joinpath("checkpoints").exists()
-
-
-def test_the_estimate_of_memory_is_for_as_many_processes_as_were_started(
-    prepared: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = training.config(prepared("sd35_medium"), tmp_path, {"kind": "distill", "batch_size": 8})
-    command = ["distill", "--config", str(write_yaml(config, tmp_path / "a.yaml")), "--estimate", "--json"]
-    found = []
-    for process in ({}, {"WORLD_SIZE": "4"}, {"ACCELERATE_USE_FSDP": "true"}, {"RANK": "1"}):
-        for name, value in process.items():
-            monkeypatch.setenv(name, value)
-        assert main(command) == 0
-        found.append(capsys.readouterr().out)
-    alone, four, split = (json.loads(text)[0] for text in found[:3])
-    assert found[3] == "", "one of the processes says it"
-    assert four["base"] == alone["base"] == 4 * split["base"]
-    assert alone["activations"] == 4 * four["activations"]
-    assert "2 pictures at a time" in four["stage"]
-
-
-def test_the_estimate_of_memory_counts_previews_which_may_take_more_than_a_step(prepared: Any, tmp_path: Path) -> None:
-    stages = ({"kind": "distill", "resolution": 2048, "batch_size": 1},)
-    drawn = {"watch": {"held_out": 2, "preview_every": 5}}
-    blind, seeing = (
-        estimate(training.config(prepared("sd35_medium"), tmp_path, *stages, **fields))[0] for fields in ({}, drawn)
-    )
-    assert blind.previews == 0
-    assert seeing.base - blind.base > 3e8, "the VAE"
-    assert seeing.previews > 3 * 4 * 256 * 2048**2, "what a decoder's last block holds of its 256 channels"
-    assert seeing.total == seeing.base + seeing.trained + max(seeing.activations, seeing.previews)

@@ -41,8 +41,8 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[faults.Forks]:
 def command(paths: dict[str, Path], output: Path, file: Path, **fields: Any) -> list[str]:
     """A training that writes a checkpoint after every step, unless `fields` say otherwise."""
     common = {"checkpoint_every": 1, "keep_checkpoints": 2, "watch": LOOKING}
-    file.write_text(training.config(paths, output, *STAGES, **{**common, **fields}).model_dump_json())
-    return ["distill", "--config", str(file)]
+    config = training.config(paths, output, *STAGES, **{**common, **fields})
+    return ["distill", "--config", str(training.write_yaml(config, file))]
 
 
 @pytest.fixture(scope="module")

@@ -44,10 +44,7 @@ def train(how: str, config: Path, stop_at: int = 100) -> str:
 
 
 def configured(paths: dict[str, Path], folder: Path, **fields: Any) -> Path:
-    config = training.config(paths, folder, *STAGES, **fields)
-    file = folder.with_suffix(".yaml")
-    file.write_text(config.model_dump_json())
-    return file
+    return training.write_yaml(training.config(paths, folder, *STAGES, **fields), folder.with_suffix(".yaml"))
 
 
 def losses(folder: Path) -> list[float]:

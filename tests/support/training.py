@@ -95,3 +95,8 @@ def config(prepared: dict[str, Path], output: Path, *stages: dict[str, Any], **f
 
 def metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_yaml(config: RunConfig, path: Path) -> Path:
+    path.write_text(config.model_dump_json())  # JSON is YAML
+    return path

@@ -159,7 +159,7 @@ def _mean(rows: list[dict[str, Any]], *path: str, form: str = "{:.1%}", unit: fl
     if not found:
         return "–"
     values = [value / unit for value in found]
-    spread = form.format(statistics.stdev(values)) if len(values) > 1 else form.format(0)
+    spread = form.format(statistics.stdev(values) if len(values) > 1 else 0)
     return form.format(statistics.fmean(values)) + (f" ± {spread}" if spread != form.format(0) else "")
 
 
