@@ -16,7 +16,7 @@ from .errors import EDiTError
 from .files import read_json, write_file
 from .runtime import device_name
 
-__all__ = ["MinTokens", "crossover_of", "resolve", "save", "stored"]
+__all__ = ["MinTokens", "crossover_of", "measured_at", "resolve", "save", "stored"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,14 @@ def crossover_of(speeds: Mapping[int, float]) -> int:
     """
     slower = [tokens for tokens, speed in speeds.items() if speed < 1]
     return min((tokens for tokens in speeds if tokens > max(slower, default=0)), default=max(speeds) + 1)
+
+
+def measured_at() -> float:
+    """When crossovers were measured last, in seconds since 1970; 0 where nobody measured any."""
+    try:
+        return os.path.getmtime(cache_file())
+    except OSError:
+        return 0.0
 
 
 def stored() -> dict[str, int]:

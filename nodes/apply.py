@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..edit_core import EDiTConfig, EDiTError, EDiTWeights
-from ..edit_core.crossover import resolve
+from ..edit_core.crossover import measured_at, resolve
 from ..edit_core.layers import check_layers
 from .checks import check_values, refusal
 from .patcher import KEY, apply_to_model, base_tensor, compute_dtype, identify_model
@@ -90,6 +90,11 @@ class EDiTApply(io.ComfyNode):
                 f"start_percent {start_percent:g} is after end_percent {end_percent:g}, so nothing would be linear; "
                 "exchange them, or bypass the node"
             )
+
+    @classmethod
+    def fingerprint_inputs(cls, min_tokens: int | None, **others: Any) -> float:
+        # -1 may mean another number after a measurement. A linked input is None here.
+        return 0.0 if min_tokens is not None and min_tokens >= 0 else measured_at()
 
     @classmethod
     def execute(

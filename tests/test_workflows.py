@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import cli, comfy, models, workflows
 from support.server import PACK_NAME, Server, ServerError
@@ -33,7 +34,7 @@ from support.workflows import (
     write_stand_ins,
 )
 
-from edit_core import EDiTWeights
+from edit_core import EDiTWeights, crossover
 from edit_core.world.files import FOLDERS
 
 server = workflows.server
@@ -89,6 +90,25 @@ def test_the_seed_decides_the_picture(server: Server, backbone: str) -> None:
     first, other, again = (next(iter(draw(server, f"{backbone}_edit", seed).values())) for seed in (1, 2, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_a_crossover_measured_later_is_used_without_a_change_of_the_graph(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = small(read_api("sd35_medium_edit"), seed=1)
+    (save,), (apply,) = (
+        [key for key, node in prompt.items() if node["class_type"] == kind] for kind in ("SaveImage", "EDiTApply")
+    )
+    prompt[apply]["inputs"]["min_tokens"] = -1
+    linear = workflows.picture(server, server.run(prompt), save)
+    assert apply in server.run(prompt).cached
+    monkeypatch.setenv("XDG_CACHE_HOME", str(server.base / "cache"))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        crossover.save({crossover.key("sd35_medium", dtype, torch.device("cpu")): 1 << 20})
+    dense = workflows.picture(server, server.run(prompt), save)
+    assert np.array_equal(dense, next(iter(draw(server, "sd35_medium", 1).values())))
+    assert not np.array_equal(dense, linear)
+    crossover.cache_file().unlink()
 
 
 @pytest.mark.parametrize("backbone", models.SD35_FIRST)
