@@ -112,6 +112,12 @@ def test_a_row_is_trained_judged_and_added(tmp_path: Path, monkeypatch: pytest.M
     assert student["side"] == 0 and student["trained"] > 0
     assert student["cost 128"]["flops"] < 2 * student["cost 128"]["teacher_flops"]
     assert (tmp_path / "runs" / "pixart_sigma" / "sana-0" / "128.png").is_file()
+    results.write_text(json.dumps([other, teacher, student | {"cost 128": {}}]))
+    table.main(["--backbone", "pixart_sigma", "--costs", *runs])
+    *rest, again = json.loads(results.read_text())
+    assert rest == [other, teacher]
+    assert again["cost 128"]["flops"] == student["cost 128"]["flops"] and again["cost 128"]["seconds"] > 0
+    assert {**again, "cost 128": {}} == {**student, "cost 128": {}}
 
 
 def quick(load: Any) -> Any:

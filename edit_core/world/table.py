@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from .. import EDiTWeights, apply_edit
+from ..apply import EDiTHandle
 from ..distill.config import load_config
 from ..distill.engine import Engine
 from ..distill.sampling import grid, png
@@ -121,9 +122,21 @@ def judged(backbone: str, method: str, seed: int, folder: Path, count: int) -> d
         row["side"] = sum(p.numel() for p in handle.sides.parameters())
         row["trained"] = sum(p.numel() for p in handle.trainable().values())
         row["training"] = weights.training
-        for size in COST_SIZES:
-            row[f"cost {size}"] = judge.cost(backbone, transformer, handle, size)
+        if seed == 0:  # others cost the same
+            row |= _costs(backbone, transformer, handle)
     return row
+
+
+def _costs(backbone: str, transformer: Any, handle: EDiTHandle) -> dict[str, Any]:
+    return {f"cost {size}": judge.cost(backbone, transformer, handle, size) for size in COST_SIZES}
+
+
+def timed(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A row of a student with its costs measured anew."""
+    transformer = load_teacher(folder / "teacher", torch.float32, torch.device("cpu"))
+    file = folder / f"{row['method']}-{row['seed']}" / "student.safetensors"
+    with apply_edit(transformer, EDiTWeights.load(file)) as handle:
+        return row | _costs(row["backbone"], transformer, handle)
 
 
 def sheet(backbone: str, folder: Path) -> Image.Image:
@@ -152,6 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--method", choices=[TEACHER, *METHODS], help="one row alone, judged anew; a training that was begun goes on"
     )
     parser.add_argument("--seed", type=int, default=0, help="with --method")
+    parser.add_argument(
+        "--costs", action="store_true", help="time the students that there are again, one after the other, and no more"
+    )
     parser.add_argument("--results", type=Path, default=Path("docs/world.json"), help="rows are added to this file")
     parser.add_argument("--runs", type=Path, default=Path("out/world"), help="folder for teachers, caches, students")
     parser.add_argument("--scenes", type=int, default=4096, help="that students are trained on")
@@ -161,6 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = options.runs / options.backbone
     if not (folder / "teacher").exists():
         export_pipeline(options.backbone, folder / "teacher")
+    if options.costs:
+        for row in _rows(options.results):
+            if row["backbone"] == options.backbone and any(name.startswith("cost") for name in row):
+                print(f"{options.backbone} {row['method']}")
+                _write(options.results, timed(row, folder))
+        return
     make_cache(["--backbone", options.backbone, "--output", str(folder / "cache"), "--count", str(options.scenes)])
     todo = [(options.method, options.seed)] if options.method else missing(_rows(options.results), options.backbone)
     for method, seed in todo:
@@ -170,14 +192,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{file}: stopped; the same command goes on")
                 return
         row = judged(options.backbone, method, seed, folder, options.pictures)
-        key = (options.backbone, method, seed)
-        # Read again: the other backbone's process writes here too.
-        rows = [r for r in _rows(options.results) if (r["backbone"], r["method"], r["seed"]) != key]
-        write_file(options.results, (json.dumps([*rows, row], indent=1) + "\n").encode())
+        _write(options.results, row)
         print(f"{options.backbone} {method} {seed}: {row[str(SIZES[0])]['all']:.1%}")
         picture = io.BytesIO()
         sheet(options.backbone, folder).save(picture, "JPEG", quality=88)
         write_file(options.results.with_name(f"world_{options.backbone}.jpg"), picture.getvalue())
+
+
+def _write(results: Path, row: dict[str, Any]) -> None:
+    """Adds a row to the results, or replaces it."""
+    keys = ("backbone", "method", "seed")
+    # Read again: the other backbone's process writes here too.
+    rows = [other for other in _rows(results) if any(other[key] != row[key] for key in keys)]
+    write_file(results, (json.dumps([*rows, row], indent=1) + "\n").encode())
 
 
 def _rows(results: Path) -> list[dict[str, Any]]:

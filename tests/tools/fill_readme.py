@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 from pathlib import Path
@@ -21,8 +20,43 @@ SHOWN = {
     "local": "EDiT, `local` (default)",
     "edit": "EDiT, `paper`",
     "sana": "`sana`",
+    "linfusion": "`linfusion`",
+    "kv_compression": "`kv_compression`",
 }
 """Of the small world's rows, those that the README shows, and their names there."""
+
+Column = tuple[tuple[str, ...], str] | tuple[tuple[str, ...], str, float]
+"""Where in a row a figure is, how it is written, and in what unit."""
+SHARE, ERROR, TIMES = "{:.1%}", "{:.4f}", "{:.2f}×"
+IN_SHORT: tuple[Column, ...] = (
+    (("256", "all"), SHARE),
+    (("distance 256", "prediction"), ERROR),
+    (("cost 1024", "speed"), TIMES),
+)
+WORTH: dict[str, Column] = {
+    "right, 256²": (("256", "all"), SHARE),
+    "right, 384²": (("384", "all"), SHARE),
+    "long-range, 256²": (("256", "long_range"), SHARE),
+    "long-range, 384²": (("384", "long_range"), SHARE),
+    "Fréchet, 256²": (("256", "frechet"), "{:.0f}"),
+    "Fréchet, 384²": (("384", "frechet"), "{:.0f}"),
+    "error, 256²": (("distance 256", "prediction"), ERROR),
+    "error, 384²": (("distance 384", "prediction"), ERROR),
+}
+KINDS: dict[str, Column] = {
+    kind: (("256", kind), "{:.0%}")
+    for kind in ("texture", "shape", "colour", "size", "place", "mirror", "frame", "dots.equal")
+}
+COSTS: dict[str, Column] = {
+    "own weights, M": (("side",), "{:.2f}", 1e6),
+    "trained, M": (("trained",), "{:.2f}", 1e6),
+    "GFLOPs, 256²": (("cost 256", "flops"), "{:.2f}", 1e9),
+    "GFLOPs, 1024²": (("cost 1024", "flops"), "{:.1f}", 1e9),
+    "seconds, 256²": (("cost 256", "seconds"), "{:.3f}"),
+    "seconds, 1024²": (("cost 1024", "seconds"), "{:.2f}"),
+    "speed, 256²": (("cost 256", "speed"), TIMES),
+    "speed, 1024²": (("cost 1024", "speed"), TIMES),
+}
 
 
 def between(text: str, mark: str, new: str) -> str:
@@ -80,11 +114,8 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
     for backbone in BACKBONES:
         for method, name in SHOWN.items():
             if found := [row for row in rows if (row["backbone"], row["method"]) == (backbone, method)]:
-                mean = functools.partial(_mean, found)
-                cells = [
-                    f"{BACKBONES[backbone].title}, small", name, str(len(found)), mean("256", "all"),
-                    mean("distance 256", "prediction", form="{:.4f}"), mean("cost 1024", "speed", form="{:.2f}×"),
-                ]  # fmt: skip
+                cells = [f"{BACKBONES[backbone].title}, small", name, str(len(found))]
+                cells += [_mean(found, *column) for column in IN_SHORT]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -129,29 +160,27 @@ def filled_training(guide: str) -> str:
     return between(guide, "training", "\n".join(lines))
 
 
-def world_table(rows: list[dict[str, Any]], backbone: str) -> str:
-    """One line per method: means over seeds, with their spread where there are several."""
-    lines = [
-        "| method | seeds | attributes right, 256² | of these long-range | 384² | Fréchet, 256² | error of "
-        "the prediction | trained, M | GFLOPs at 1024² | speed at 1024² |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    methods = dict.fromkeys(row["method"] for row in rows if row["backbone"] == backbone)
-    for method in sorted(methods, key=[TEACHER, *METHODS].index):
-        found = [row for row in rows if row["backbone"] == backbone and row["method"] == method]
-
-        mean = functools.partial(_mean, found)
-        cells = [
-            method.replace("_", " "), str(len(found)), mean("256", "all"), mean("256", "long_range"),
-            mean("384", "all"), mean("256", "frechet", form="{:.1f}"),
-            mean("distance 256", "prediction", form="{:.4f}"), mean("trained", form="{:.2f}", unit=1e6),
-            mean("cost 1024", "flops", form="{:.1f}", unit=1e9), mean("cost 1024", "speed", form="{:.2f}×"),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def world_tables(rows: list[dict[str, Any]]) -> str:
+    """Of one backbone, a line per method each: what its pictures are worth, what in them is right, what it costs."""
+    methods = sorted({row["method"] for row in rows}, key=[TEACHER, *METHODS].index)
+    by_method = {method: [row for row in rows if row["method"] == method] for method in methods}
+    timed = [{name: _teachers(row[name]) for name in row if name.startswith("cost")} for row in rows if "side" in row]
+    parts = []
+    for columns, found in ((WORTH, by_method), (KINDS, by_method), (COSTS, {**by_method, TEACHER: timed})):
+        lines = [f"| method | seeds | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+        for method in methods:
+            cells = [_mean(found[method], *column) for column in columns.values()]
+            lines.append(f"| {method.replace('_', ' ')} | {len(by_method[method])} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
-def _mean(rows: list[dict[str, Any]], *path: str, form: str = "{:.1%}", unit: float = 1) -> str:
+def _teachers(cost: dict[str, float]) -> dict[str, float]:
+    """The teacher's part of a cost that was measured beside a student."""
+    return {"flops": cost["teacher_flops"], "seconds": cost["teacher_seconds"], "speed": 1.0}
+
+
+def _mean(rows: list[dict[str, Any]], path: tuple[str, ...], form: str = "{:.1%}", unit: float = 1) -> str:
     """A figure's mean over rows that all have it, or none has, with its standard deviation where that shows."""
     found: list[Any] = rows
     for key in path:
@@ -167,7 +196,7 @@ def filled_world(guide: str) -> str:
     """The small world's page with its results."""
     rows = json.loads(WORLD.read_text(encoding="utf-8"))
     for backbone in BACKBONES:
-        guide = between(guide, backbone, world_table(rows, backbone))
+        guide = between(guide, backbone, world_tables([row for row in rows if row["backbone"] == backbone]))
     return guide
 
 
