@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from .. import EDiTWeights, apply_edit
 from ..apply import EDiTHandle
-from ..distill.config import load_config
+from ..distill.config import RunConfig, load_config
 from ..distill.engine import Engine
 from ..distill.sampling import grid, png
 from ..distill.teacher import load_teacher
@@ -82,8 +82,8 @@ def missing(rows: Sequence[dict[str, Any]], backbone: str) -> list[tuple[str, in
     return [row for row in wanted if row not in found]
 
 
-def train(backbone: str, method: str, seed: int, folder: Path) -> Path:
-    """Trains a student, or goes on with it; returns its file."""
+def configured(backbone: str, method: str, seed: int, folder: Path) -> RunConfig:
+    """The committed configuration with what the method changes in it."""
     config = load_config(f"world_{backbone}")
     changes: dict[str, Any] = {
         "model": folder / "teacher", "cache": str(folder / "cache"), "output": folder / f"{method}-{seed}",
@@ -96,7 +96,12 @@ def train(backbone: str, method: str, seed: int, folder: Path) -> Path:
         changes["stages"] = [stage.model_copy(update={"steps": stage.steps * times}) for stage in config.stages]
     if method == "local_mixed":
         changes["layers"] = MIXED[backbone]
-    engine = Engine(config.model_copy(update=changes))
+    return config.model_copy(update=changes)
+
+
+def train(backbone: str, method: str, seed: int, folder: Path) -> Path:
+    """Trains a student, or goes on with it; returns its file."""
+    engine = Engine(configured(backbone, method, seed, folder))
     engine.resume()
     return engine.run()
 
@@ -132,10 +137,11 @@ def _costs(backbone: str, transformer: Any, handle: EDiTHandle) -> dict[str, Any
 
 
 def timed(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A row of a student with its costs measured anew."""
-    transformer = load_teacher(folder / "teacher", torch.float32, torch.device("cpu"))
-    file = folder / f"{row['method']}-{row['seed']}" / "student.safetensors"
-    with apply_edit(transformer, EDiTWeights.load(file)) as handle:
+    """A row of a student with its costs measured anew, on an untrained one, which costs the same."""
+    config = configured(row["backbone"], row["method"], row["seed"], folder)
+    transformer = load_teacher(config.model, torch.float32, torch.device("cpu"))
+    weights = EDiTWeights.init(transformer, config.edit_config(), config.layers, trainable=config.trainable)
+    with apply_edit(transformer, weights) as handle:
         return row | _costs(row["backbone"], transformer, handle)
 
 
@@ -166,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="with --method")
     parser.add_argument(
-        "--costs", action="store_true", help="time the students that there are again, one after the other, and no more"
+        "--costs", action="store_true", help="time every method of the results again, one after the other, and no more"
     )
     parser.add_argument("--results", type=Path, default=Path("docs/world.json"), help="rows are added to this file")
     parser.add_argument("--runs", type=Path, default=Path("out/world"), help="folder for teachers, caches, students")
