@@ -95,20 +95,24 @@ def test_the_seed_decides_the_picture(server: Server, backbone: str) -> None:
 def test_a_crossover_measured_later_is_used_without_a_change_of_the_graph(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(server.base / "cache"))
     prompt = small(read_api("sd35_medium_edit"), seed=1)
     (save,), (apply,) = (
         [key for key, node in prompt.items() if node["class_type"] == kind] for kind in ("SaveImage", "EDiTApply")
     )
     prompt[apply]["inputs"]["min_tokens"] = -1
+
+    def measure(tokens: int) -> None:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            crossover.save({crossover.key("sd35_medium", dtype, torch.device("cpu")): tokens})
+
+    measure(0)
     linear = workflows.picture(server, server.run(prompt), save)
     assert apply in server.run(prompt).cached
-    monkeypatch.setenv("XDG_CACHE_HOME", str(server.base / "cache"))
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        crossover.save({crossover.key("sd35_medium", dtype, torch.device("cpu")): 1 << 20})
+    measure(1 << 20)
     dense = workflows.picture(server, server.run(prompt), save)
     assert np.array_equal(dense, next(iter(draw(server, "sd35_medium", 1).values())))
     assert not np.array_equal(dense, linear)
-    crossover.cache_file().unlink()
 
 
 @pytest.mark.parametrize("backbone", models.SD35_FIRST)
