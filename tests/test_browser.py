@@ -84,7 +84,7 @@ def check_drawing(tab: Tab) -> None:
     prompt = tab.prompt()
     saved = workflows.saves(prompt)
     assert len(saved) == 2 and all(outputs[key]["images"] for key in saved)
-    (compare,) = (key for key, node in prompt.items() if node["class_type"] == "EDiTCompare")
+    compare = workflows.only(prompt, "EDiTCompare")
     assert outputs[compare]["a_images"] and outputs[compare]["b_images"]
 
 

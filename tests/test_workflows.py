@@ -28,6 +28,7 @@ from support.workflows import (
     Prompt,
     api_file,
     draw,
+    only,
     read_api,
     saves,
     small,
@@ -97,9 +98,7 @@ def test_a_crossover_measured_later_is_used_without_a_change_of_the_graph(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(server.base / "cache"))
     prompt = small(read_api("sd35_medium_edit"), seed=1)
-    (save,), (apply,) = (
-        [key for key, node in prompt.items() if node["class_type"] == kind] for kind in ("SaveImage", "EDiTApply")
-    )
+    save, apply = only(prompt, "SaveImage"), only(prompt, "EDiTApply")
     prompt[apply]["inputs"]["min_tokens"] = -1
 
     def measure(tokens: int) -> None:
@@ -118,7 +117,7 @@ def test_a_crossover_measured_later_is_used_without_a_change_of_the_graph(
 @pytest.mark.parametrize("backbone", models.SD35_FIRST)
 def test_calibrated_weights_are_saved_and_can_be_applied(server: Server, model_files: Path, backbone: str) -> None:
     prompt = small(read_api(f"small_world_{backbone}_calibrate"), seed=3)
-    (save,) = (key for key, node in prompt.items() if node["class_type"] == "EDiTSaveWeights")
+    save = only(prompt, "EDiTSaveWeights")
     (saved,) = server.run(prompt).outputs[save]["text"]
     weights = EDiTWeights.load(model_files.parent / saved)
     assert weights.training["steps"] == 2
@@ -128,9 +127,7 @@ def test_calibrated_weights_are_saved_and_can_be_applied(server: Server, model_f
 @pytest.mark.slow
 def test_lora_controlnet_and_skip_layer_guidance_each_change_the_picture_beside_edit(server: Server) -> None:
     prompt = small(read_api(GUIDED), seed=1)
-    (save,), (apply,) = (
-        [key for key, node in prompt.items() if node["class_type"] == kind] for kind in ("SaveImage", "EDiTApply")
-    )
+    save, apply = only(prompt, "SaveImage"), only(prompt, "EDiTApply")
 
     def drawn(changes: dict[str, dict[str, Any]]) -> np.ndarray[Any, Any]:
         changed = json.loads(json.dumps(prompt))

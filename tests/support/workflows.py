@@ -144,6 +144,12 @@ def name_files(folder: Path, backbone: str, model: Path, weights: Path) -> None:
                 (folder / "text_encoders" / inputs[key]).touch()
 
 
+def only(prompt: Prompt, kind: str) -> str:
+    """The id of a graph's one node of a kind."""
+    (found,) = (key for key, node in prompt.items() if node["class_type"] == kind)
+    return found
+
+
 def small(prompt: Prompt, seed: int) -> Prompt:
     """The same graph with few steps, a small picture, the random text encoder and the given seed."""
     prompt = copy.deepcopy(prompt)

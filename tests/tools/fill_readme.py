@@ -180,8 +180,8 @@ def _teachers(cost: dict[str, float]) -> dict[str, float]:
     return {"flops": cost["teacher_flops"], "seconds": cost["teacher_seconds"], "speed": 1.0}
 
 
-def _mean(rows: list[dict[str, Any]], path: tuple[str, ...], form: str = "{:.1%}", unit: float = 1) -> str:
-    """A figure's mean over rows that all have it, or none has, with its standard deviation where that shows."""
+def _mean(rows: list[dict[str, Any]], path: tuple[str, ...], form: str, unit: float = 1) -> str:
+    """A figure's mean over the rows that have it, with its standard deviation where that shows."""
     found: list[Any] = rows
     for key in path:
         found = [value[key] for value in found if key in value]
