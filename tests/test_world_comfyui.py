@@ -23,6 +23,7 @@ SOURCE = SCRIPT.read_text(encoding="utf-8")
 CHECKS = re.findall(r"^def (check_\w+)", SOURCE, re.MULTILINE)
 (CAPTION,) = re.findall(r'^CAPTION = "(.*)"$', SOURCE, re.MULTILINE)
 FOUND = comfy.checkouts()
+PIXART_SLOW = ["check_edit_and_loras_work_as_on_other_models"]
 
 pytestmark = [
     pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI),

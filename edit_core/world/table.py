@@ -44,12 +44,14 @@ METHODS: dict[str, dict[str, Any]] = {
         ("no_compression", "paper", {"key": "plain"}),
         ("exact", "paper", {"normaliser": "exact"}),
         ("features_after_relu", "paper", {"softmax_features": "post"}),
+        ("all_linear", "paper", {"joint": "linear"}),
         ("local_branch", "paper", {"local": True}),
         ("squared_relu", "paper", {"kernel": "squared_relu"}),
         ("local_dense_conv", "local", {"query": "conv_fusion"}),
         ("local_no_conv_fusion", "local", {"query": "plain"}),
         ("side_alone", "paper", {}),
         ("no_transfer", "paper", {}),
+        ("edit_mixed", "paper", {}),
         ("local_longer", "local", {}),
         ("local_mixed", "local", {}),
     )
@@ -60,10 +62,14 @@ with the paper's ConvFusion and without any."""
 LONGER = {"local_longer": 3}
 """How many times as many steps."""
 MIXED = {"pixart_sigma": "0-3, 5"}
-"""What `local_mixed` makes linear: all but the block that `python -m edit_core plan` finds hardest to imitate."""
+"""What `edit_mixed` and `local_mixed` make linear: all but the block that `python -m edit_core plan` finds hardest to
+imitate."""
 MAIN = ("edit", "local", "sana", "linfusion", "kv_compression")
 """What is trained from three seeds; the others from one."""
-ONLY = {"exact": ("sd35_medium",), "features_after_relu": ("sd35_medium",), "local_mixed": (*MIXED,)}
+ONLY = {
+    **dict.fromkeys(("exact", "features_after_relu", "all_linear"), ("sd35_medium",)),
+    **dict.fromkeys(("edit_mixed", "local_mixed"), tuple(MIXED)),
+}
 """Backbones of what not both have: a joint attention's own choices, and a block that was found to be the hardest."""
 SIZES = (256, 384)
 """Pixels per side of what is drawn; students are trained at the first."""
@@ -94,7 +100,7 @@ def configured(backbone: str, method: str, seed: int, folder: Path) -> RunConfig
         changes["stages"] = [second.model_copy(update={"steps": first.steps + second.steps})]
     if times := LONGER.get(method):
         changes["stages"] = [stage.model_copy(update={"steps": stage.steps * times}) for stage in config.stages]
-    if method == "local_mixed":
+    if method in ("edit_mixed", "local_mixed"):
         changes["layers"] = MIXED[backbone]
     return config.model_copy(update=changes)
 

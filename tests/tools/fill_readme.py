@@ -44,9 +44,8 @@ WORTH: dict[str, Column] = {
     "error, 384²": (("distance 384", "prediction"), ERROR),
 }
 KINDS: dict[str, Column] = {
-    kind: (("256", kind), "{:.0%}")
-    for kind in ("texture", "shape", "colour", "size", "place", "mirror", "frame", "dots.equal")
-}
+    kind: (("256", kind), "{:.0%}") for kind in ("texture", "shape", "colour", "size", "place", "mirror", "frame")
+} | {"equal dots": (("256", "dots.equal"), "{:.0%}")}
 COSTS: dict[str, Column] = {
     "own weights, M": (("side",), "{:.2f}", 1e6),
     "trained, M": (("trained",), "{:.2f}", 1e6),
