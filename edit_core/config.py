@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -128,7 +129,7 @@ class EDiTConfig:
         return idle
 
     @classmethod
-    def preset(cls, name: str = DEFAULT, **changes: Any) -> EDiTConfig:
+    def preset(cls, name: str = DEFAULT, /, **changes: Any) -> EDiTConfig:
         """A form of attention by its name, with some fields changed.
 
         `local` is what this project found best: a separable ConvFusion, squared ReLU, all keys, and a local branch. The
@@ -139,9 +140,15 @@ class EDiTConfig:
         Raises:
             EDiTConfigError: no such preset, or the changes do not go with it.
         """
-        if name not in PRESETS:
-            raise EDiTConfigError(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
+        if name not in tuple(PRESETS):  # a file may name what is no key of any dictionary
+            raise EDiTConfigError(f"preset must be one of {', '.join(PRESETS)}, not {name!r:.80}")
+        cls._check_names(changes)
         return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def _check_names(cls, fields: Iterable[str]) -> None:
+        if unknown := sorted(set(fields) - {field.name for field in dataclasses.fields(cls)}):
+            raise EDiTConfigError(f"the student's config has fields unknown to this version: {shown(unknown)}")
 
     @property
     def side_weights(self) -> bool:
@@ -174,7 +181,5 @@ class EDiTConfig:
             raise EDiTConfigError(f"config is not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise EDiTConfigError(f"config must be a JSON object, not {type(fields).__name__}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise EDiTConfigError(f"config has fields unknown to this version: {shown(unknown)}")
+        cls._check_names(fields)
         return cls(**fields)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from support import models, training
 from support.train_child import stop_after
 
+import edit_core
 from edit_core import EDiTConfig, EDiTConfigError, EDiTError, EDiTWeights, apply_edit
 from edit_core.cli import main
 from edit_core.distill.calibrate import calibrate
@@ -377,7 +378,9 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path: P
         ("seed", "field=value"),
         ("colour=red", "colour"),
         ("colour.red=1", "colour"),
-        ("student.colour=1", "colour"),
+        ("student.colour=1", "debug: the student's config has fields unknown to this version: colour"),
+        ("student={name: red, cls: 1}", "debug: the student's config has fields unknown to this version: cls, name"),
+        ("student.preset=[]", "debug: preset must be one of paper, sana, linfusion, kv_compression, local, not []"),
     ],
 )
 def test_a_wrong_field_is_named_before_anything_is_loaded(override: str, part: str) -> None:
@@ -405,7 +408,9 @@ def test_prodigy_is_refused_two_learning_rates_before_its_first_step_is() -> Non
 
 
 def test_shipped_configurations_are_valid_and_missing_ones_are_said_to_be_so(tmp_path: Path) -> None:
-    for name in ("debug", *(f"{b}_{size}" for b in models.BACKBONES for size in ("24gb", "8gpu"))):
+    shipped = sorted(path.stem for path in Path(edit_core.__file__).parent.glob("configs/*.yaml"))
+    assert "debug" in shipped and len(shipped) == 7
+    for name in shipped:
         assert load_config(name).stages
     with pytest.raises(EDiTConfigError, match="no such file, nor a configuration"):
         load_config("unheard_of")

@@ -11,6 +11,8 @@ import torch
 from support import models, world
 
 from edit_core import EDiTWeights, apply_edit
+from edit_core.config import DEFAULT
+from edit_core.distill.config import load_config
 from edit_core.distill.dataset import CachedLatents
 from edit_core.errors import EDiTError
 from edit_core.world import classifier, data, files, judge, table
@@ -80,6 +82,11 @@ def test_shipped_teachers_and_students_draw_what_captions_say(backbone: str) -> 
     assert student["all"] > 0.35
     assert 0 < near["prediction"] < 0.2
     assert found["flops"] < found["teacher_flops"]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_committed_configuration_trains_the_tables_student_of_the_default(backbone: str) -> None:
+    assert table.configured(backbone, DEFAULT, 0, Path("out/world") / backbone) == load_config(f"world_{backbone}")
 
 
 def test_rows_are_missing_until_they_are_there() -> None:

@@ -169,10 +169,7 @@ class RunConfig(Strict):
 
     def edit_config(self) -> EDiTConfig:
         fields = {"preset": DEFAULT, **self.student}
-        try:
-            return EDiTConfig.preset(fields.pop("preset"), **fields)
-        except TypeError as error:
-            raise ValueError(f"student: {error}") from None
+        return EDiTConfig.preset(fields.pop("preset"), **fields)
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -202,9 +199,13 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        place = shown([".".join(str(part) for part in first["loc"])]) or "the file"
+        places = [shown([".".join(str(part) for part in first["loc"])])] if first["loc"] else []
+        if ours := first.get("ctx", {}).get("error"):  # of a check above, whose sentence is whole
+            wrong = said(str(ours))
+        else:
+            wrong = f"{said(first['msg'])}, not {_shown(first['input'])}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise EDiTConfigError(f"{name}: {place}: {said(first['msg'])}, not {_shown(first['input'])}{more}") from None
+        raise EDiTConfigError(f"{': '.join([name, *places, wrong])}{more}") from None
 
 
 class _Loader(yaml.SafeLoader):
