@@ -376,7 +376,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path: P
         ("precision=int4", "precision"),
         ("stages.1.accumulation=3", "batch_size=2 is not a multiple of accumulation=3"),
         ("seed", "field=value"),
-        ("colour=red", "colour"),
+        ("colour=red", "debug: colour: there is no such field"),
         ("colour.red=1", "colour"),
         ("student.colour=1", "debug: the student's config has fields unknown to this version: colour"),
         ("student={name: red, cls: 1}", "debug: the student's config has fields unknown to this version: cls, name"),

@@ -202,6 +202,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         places = [shown([".".join(str(part) for part in first["loc"])])] if first["loc"] else []
         if ours := first.get("ctx", {}).get("error"):  # of a check above, whose sentence is whole
             wrong = said(str(ours))
+        elif first["type"] == "extra_forbidden":
+            wrong = "there is no such field"
         else:
             wrong = f"{said(first['msg'])}, not {_shown(first['input'])}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
