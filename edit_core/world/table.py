@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
         ("squared_relu", "paper", {"kernel": "squared_relu"}),
         ("local_dense_conv", "local", {"query": "conv_fusion"}),
         ("local_no_conv_fusion", "local", {"query": "plain"}),
+        ("local_exact", "local", {"normaliser": "exact"}),
         ("side_alone", "paper", {}),
         ("no_transfer", "paper", {}),
         ("edit_mixed", "paper", {}),
@@ -58,7 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 METHODS["side_alone"]["trainable"] = "side"
 """What differs from the committed configuration, `world_<backbone>`. Ours are `local`, two of its parts alone, and it
-with the paper's ConvFusion and without any."""
+with the paper's ConvFusion, without any, and with the exact normalisers."""
 LONGER = {"local_longer": 3}
 """How many times as many steps."""
 MIXED = {"pixart_sigma": "0-3, 5"}
@@ -67,7 +68,7 @@ imitate."""
 MAIN = ("edit", "local", "sana", "linfusion", "kv_compression")
 """What is trained from three seeds; the others from one."""
 ONLY = {
-    **dict.fromkeys(("exact", "features_after_relu", "all_linear"), ("sd35_medium",)),
+    **dict.fromkeys(("exact", "features_after_relu", "all_linear", "local_exact"), ("sd35_medium",)),
     **dict.fromkeys(("edit_mixed", "local_mixed"), tuple(MIXED)),
 }
 """Backbones of what not both have: a joint attention's own choices, and a block that was found to be the hardest."""
