@@ -199,7 +199,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        places = [shown([".".join(str(part) for part in first["loc"])])] if first["loc"] else []
+        place = shown([".".join(str(part) for part in first["loc"])])
         if ours := first.get("ctx", {}).get("error"):  # of a check above, whose sentence is whole
             wrong = said(str(ours))
         elif first["type"] == "extra_forbidden":
@@ -207,7 +207,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         else:
             wrong = f"{said(first['msg'])}, not {_shown(first['input'])}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise EDiTConfigError(f"{': '.join([name, *places, wrong])}{more}") from None
+        raise EDiTConfigError(f"{': '.join(filter(None, (name, place, wrong)))}{more}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,7 +12,7 @@ from .measure import WIDTHS, measure
 
 
 def main() -> int:
-    argparse.ArgumentParser(prog="python -m edit_core.kernels", description=__doc__.partition(": ")[2]).parse_args()
+    argparse.ArgumentParser(prog="python -m edit_core.kernels", description=__doc__).parse_args()
     if not available():
         print("kernels cannot be measured here: that takes a CUDA device and Triton", file=sys.stderr)
         return 2

@@ -58,18 +58,17 @@ METHODS: dict[str, dict[str, Any]] = {
     )
 }
 METHODS["side_alone"]["trainable"] = "side"
+METHODS["edit_mixed"]["layers"] = METHODS["local_mixed"]["layers"] = "0-3, 5"
 """What differs from the committed configuration, `world_<backbone>`. Ours are `local`, two of its parts alone, and it
-with the paper's ConvFusion, without any, and with the exact normalisers."""
+with the paper's ConvFusion, without any, and with the exact normalisers. `mixed` leaves the block dense that
+`python -m edit_core plan` finds hardest to imitate."""
 LONGER = {"local_longer": 3}
 """How many times as many steps."""
-MIXED = {"pixart_sigma": "0-3, 5"}
-"""What `edit_mixed` and `local_mixed` make linear: all but the block that `python -m edit_core plan` finds hardest to
-imitate."""
 MAIN = ("edit", "local", "sana", "linfusion", "kv_compression")
-"""What is trained from three seeds; the others from one."""
+"""What is trained from three seeds; the others from one, or as `--seed` asks."""
 ONLY = {
     **dict.fromkeys(("exact", "features_after_relu", "all_linear", "local_exact"), ("sd35_medium",)),
-    **dict.fromkeys(("edit_mixed", "local_mixed"), tuple(MIXED)),
+    **dict.fromkeys(("edit_mixed", "local_mixed"), ("pixart_sigma",)),
 }
 """Backbones of what not both have: a joint attention's own choices, and a block that was found to be the hardest."""
 SIZES = (256, 384)
@@ -101,8 +100,6 @@ def configured(backbone: str, method: str, seed: int, folder: Path) -> RunConfig
         changes["stages"] = [second.model_copy(update={"steps": first.steps + second.steps})]
     if times := LONGER.get(method):
         changes["stages"] = [stage.model_copy(update={"steps": stage.steps * times}) for stage in config.stages]
-    if method in ("edit_mixed", "local_mixed"):
-        changes["layers"] = MIXED[backbone]
     return config.model_copy(update=changes)
 
 
