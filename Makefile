@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 bench: $(READY)
 	mkdir -p docs
 	$(BIN)/python -m edit_core bench --preset readme --verify --save docs/bench_cpu.json --plot docs/bench_cpu.png
-	$(BIN)/python tests/tools/fill_readme.py
+	$(BIN)/python tools/fill_readme.py
 
 # Which Triton kernels win on this machine's CUDA device; remembered in the user's cache, where sampling looks them up.
 bench-kernels: $(READY)
@@ -44,22 +44,22 @@ bench-kernels: $(READY)
 
 # docs/profile.md: where the time of a step goes, ten minutes and 6 GB on two cores.
 profile: $(READY)
-	$(BIN)/python tests/tools/profile_step.py
+	$(BIN)/python tools/profile_step.py
 
 # What a training costs, at the real models' width, for docs/training.md: half an hour and 16 GB on two cores.
 bench-training: $(READY)
-	$(BIN)/python tests/tools/bench_engine.py
-	$(BIN)/python tests/tools/fill_readme.py
+	$(BIN)/python tools/bench_engine.py
+	$(BIN)/python tools/fill_readme.py
 
 # The small world's table: trains and judges every student that docs/world.json lacks; half an hour each on one core.
 world: $(READY)
 	$(BIN)/python -m edit_core.world.table --backbone pixart_sigma
 	$(BIN)/python -m edit_core.world.table --backbone sd35_medium
-	$(BIN)/python tests/tools/fill_readme.py
+	$(BIN)/python tools/fill_readme.py
 
 # docs/screens and the pictures of the help pages, with a ComfyUI and a Chromium; minutes on two cores.
 screens: $(READY)
-	$(BIN)/python tests/tools/make_screens.py
+	$(BIN)/python tools/make_screens.py
 
 # Twenty kills of a training of each backbone at random moments; `make test` has two of one.
 kills: $(READY)
@@ -67,20 +67,20 @@ kills: $(READY)
 
 # What docs/reliability.md tells of faults, numbers and broken files; half an hour on two cores.
 faults: $(READY)
-	EDIT_TEST_KILLS=20 $(BIN)/python tests/tools/reliability.py faults
-	$(BIN)/python tests/tools/reliability.py numbers
-	$(BIN)/python tests/tools/reliability.py hostile
+	EDIT_TEST_KILLS=20 $(BIN)/python tools/reliability.py faults
+	$(BIN)/python tools/reliability.py numbers
+	$(BIN)/python tools/reliability.py hostile
 
 # So many mutated files, for docs/reliability.md; ten minutes on two cores.
 FUZZ_COUNT ?= 200000
 fuzz: $(READY)
-	$(BIN)/python tests/tools/reliability.py fuzz $(FUZZ_COUNT)
+	$(BIN)/python tools/reliability.py fuzz $(FUZZ_COUNT)
 
 # Do the tests notice mistakes? Tries mutants for so long, on one core, and goes on where it ended, for
 # docs/reliability.md. The tests run in a copy of the repository.
 MINUTES ?= 45
 mutants: $(READY)
-	$(BIN)/python tests/tools/mutants.py --minutes $(MINUTES)
+	$(BIN)/python tools/mutants.py --minutes $(MINUTES)
 
 # One complete set of versions with digests, for Linux, macOS and Windows.
 lock: $(READY)
@@ -90,7 +90,7 @@ lock: $(READY)
 # What docs/reliability-comfyui.md says: EDiT beside other nodes, and 500 prompts on one server, in every ComfyUI found.
 matrix soak: $(READY)
 	EDIT_TEST_RECORD=docs $(BIN)/python -m pytest -c tests/pytest.ini tests/test_$@_comfyui.py
-	$(BIN)/python tests/tools/reliability_comfyui.py
+	$(BIN)/python tools/reliability_comfyui.py
 
 clean:
 	rm -rf $(VENV) out

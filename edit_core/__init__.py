@@ -3,10 +3,10 @@
 Knows nothing of ComfyUI; needs torch, safetensors and einops.
 """
 
-from .apply import EDiTHandle, apply_edit
 from .attention import linear_attention
 from .config import EDiTConfig
 from .errors import EDiTConfigError, EDiTError, EDiTModelError, EDiTWeightsError
+from .hosts.diffusers import EDiTHandle, apply_edit
 from .weights import EDiTWeights
 
 __version__ = "0.1.0"

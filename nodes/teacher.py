@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from ..edit_core import EDiTError, EDiTWeights
 from ..edit_core.attention import softmax_attention
 from ..edit_core.backbones import Base, HostCall
-from ..edit_core.differences import PREFIX
 from ..edit_core.distill.losses import TransferTap
 from ..edit_core.distill.transfer import frozen
+from ..edit_core.weights.differences import PREFIX
 from .patcher import KEY, compute_dtype, identify_model, replace_forward
 
 __all__ = ["Student", "Teacher", "sample_with"]

@@ -27,7 +27,7 @@ from edit_core.attention.modules import MLPFusion
 from edit_core.backbones import identify, identify_module
 from edit_core.cli import main
 from edit_core.config import PRESETS
-from edit_core.convert import merge
+from edit_core.weights.convert import merge
 from edit_core.distill.losses import TransferTap
 
 EXACT = 1e-9  # float64 on both sides

@@ -15,7 +15,7 @@ from test_weights import metadata_of
 from edit_core import EDiTError, EDiTWeights, EDiTWeightsError, apply_edit
 from edit_core.backbones import identify_module
 from edit_core.cli import main
-from edit_core.differences import in_full
+from edit_core.weights.differences import in_full
 
 KINDS = ("low_rank", "full")
 Q = "base.transformer_blocks.0.attn1.to_q"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from ..attention import EDiTAttention, Grid
-from ..processors import Processor
+from ..hosts.processors import Processor
 
 __all__ = ["Backbone", "Base", "BaseLinear", "HostCall", "Shapes", "attention_linears", "count_blocks"]
 

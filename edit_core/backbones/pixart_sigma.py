@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..attention import EDiTAttention, Grid, Projections
 from ..errors import EDiTModelError
-from ..processors import Processor, SelfProcessor
+from ..hosts.processors import Processor, SelfProcessor
 from .base import Backbone, Base, BaseLinear, HostCall, Shapes, attention_linears, count_blocks
 
 _PATCH = 2

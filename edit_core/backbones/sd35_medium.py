@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..attention import EDiTAttention, Grid, Projections
-from ..processors import JointProcessor, Processor, SelfProcessor
+from ..hosts.processors import JointProcessor, Processor, SelfProcessor
 from .base import Backbone, Base, BaseLinear, HostCall, Shapes, attention_linears, count_blocks
 
 _OUTPUT_BIAS = {

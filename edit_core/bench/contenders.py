@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..apply import apply_edit
 from ..config import PRESETS, EDiTConfig
 from ..errors import EDiTConfigError, EDiTError
+from ..hosts.diffusers import apply_edit
 from ..weights import EDiTWeights
 from .subjects import Subject
 

@@ -10,9 +10,9 @@ import torch
 
 from ..backbones import BACKBONES
 from ..config import CHOICES, DEFAULT, PRESETS, EDiTConfig
-from ..differences import Trainable
 from ..errors import EDiTError
 from ..runtime import DTYPES, usable_device
+from ..weights.differences import Trainable
 
 __all__ = [
     "Result",

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..basefile import BaseFile
-from ..convert import from_checkpoint, merge, split
 from ..errors import EDiTError
 from ..files import new_output
 from ..layers import format_layers
 from ..weights import EDiTWeights
+from ..weights.convert import from_checkpoint, merge, split
 from .common import Result
 
 

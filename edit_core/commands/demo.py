@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..apply import apply_edit
 from ..backbones import BACKBONES
 from ..bench import device_name
 from ..errors import EDiTError
 from ..files import write_file
+from ..hosts.diffusers import apply_edit
 from ..runtime import DTYPES
 from ..weights import EDiTWeights
 from .common import Result, add_model_arguments, backbones_of, device_of

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..apply import apply_edit
 from ..backbones import Base
 from ..basefile import BaseFile
 from ..bench import device_name
 from ..errors import EDiTError
 from ..files import write_file
+from ..hosts.diffusers import apply_edit
 from ..layers import format_layers
 from ..runtime import DTYPES
 from ..weights import EDiTWeights, fingerprint

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..basefile import BaseFile
-from ..differences import count_kinds
 from ..layers import format_layers
 from ..weights import EDiTWeights, fingerprint, holds_weights
+from ..weights.differences import count_kinds
 from .common import Result
 
 

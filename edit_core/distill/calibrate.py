@@ -13,8 +13,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..apply import apply_edit
 from ..errors import EDiTError
+from ..hosts.diffusers import apply_edit
 from ..weights import EDiTWeights
 from .losses import TransferTap
 from .objective import call_arguments, prediction

@@ -16,8 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..config import DEFAULT, EDiTConfig
-from ..differences import Trainable, check_trainable
 from ..errors import EDiTConfigError, said, shown
+from ..weights.differences import Trainable, check_trainable
 from .objective import Weighting
 
 __all__ = ["BASE_LR", "DistillStage", "OptimizerKind", "RunConfig", "Stage", "TransferStage", "Watching", "load_config"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..apply import EDiTHandle
+from ..hosts.diffusers import EDiTHandle
 from .losses import TransferTap, relative_error
 from .objective import Weighting, call_arguments, noise_batch, prediction
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__
-from ..apply import EDiTHandle, apply_edit
 from ..errors import EDiTError, said
+from ..hosts.diffusers import EDiTHandle, apply_edit
 from ..runtime import DTYPES
 from ..weights import EDiTWeights
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..apply import EDiTHandle
 from ..errors import EDiTError
 from ..files import write_file
+from ..hosts.diffusers import EDiTHandle
 from ..runtime import progress, timed
 from . import picture_metrics
 from .dataset import CachedLatents, collate

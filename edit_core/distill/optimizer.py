@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..differences import PREFIX
 from ..errors import EDiTError
+from ..weights.differences import PREFIX
 from .config import BASE_LR, OptimizerKind, Stage
 
 __all__ = ["make_optimizer", "rate"]

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..apply import EDiTHandle, apply_edit
 from ..backbones import BACKBONES, identify_module
 from ..bench import device_name
 from ..errors import EDiTError
+from ..hosts.diffusers import EDiTHandle, apply_edit
 from ..layers import format_layers
 from ..models import random_inputs
 from ..runtime import progress, timed

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..apply import EDiTHandle
+from ..hosts.diffusers import EDiTHandle
 from .config import RunConfig, Stage
 from .dataset import CachedLatents
 from .distance import Distance, teacher_distance

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..apply import EDiTHandle
 from ..distill.distance import teacher_distance
 from ..distill.losses import dense_tap
 from ..distill.objective import call_arguments
 from ..distill.picture_metrics import fid
 from ..distill.plan import call_times
+from ..hosts.diffusers import EDiTHandle
 from .classifier import Classifier
 from .codec import draw_scenes, encode, through
 from .data import WorldEncoder

@@ -17,12 +17,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from .. import EDiTWeights, apply_edit
-from ..apply import EDiTHandle
 from ..distill.config import RunConfig, load_config
 from ..distill.engine import Engine
 from ..distill.sampling import grid, png
 from ..distill.teacher import load_teacher
 from ..files import write_file
+from ..hosts.diffusers import EDiTHandle
 from . import classifier, judge
 from .codec import CHANNELS
 from .data import main as make_cache

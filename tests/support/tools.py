@@ -1,4 +1,4 @@
-"""The scripts in `tests/tools/`, as modules."""
+"""The scripts in `tools/`, as modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.append(str(TOOLS))  # they import one another, as when they are run
 
 

@@ -15,7 +15,7 @@ from edit_core.world.scenes import COLOURS, GROUNDS, SHAPES, TEXTURES
 
 from workflow_models import KINDS, MODELS, Model
 
-OUT = Path(__file__).resolve().parents[2] / "workflows"
+OUT = Path(__file__).resolve().parents[1] / "workflows"
 PACK_ID = "edit-attention"
 TITLE_HEIGHT, GAP = 30, 24
 BLUE, GREEN, VIOLET = "#3f789e", "#88AA88", "#8888AA"

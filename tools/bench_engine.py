@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from edit_core.bench import device_name

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and of docs/*.md from the measurements in docs/: `tests/tools/fill_readme.py`."""
+"""Writes the tables of README.md and of docs/*.md from the measurements in docs/: `tools/fill_readme.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edit_core.bench import Measurement, table
 from edit_core.bench.report import series, title_of
 from edit_core.world.table import METHODS, TEACHER
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 MEASUREMENTS, TRAINING = ROOT / "docs" / "bench_cpu.json", ROOT / "docs" / "bench_training.json"
 WORLD = ROOT / "docs" / "world.json"
 SHOWN = {

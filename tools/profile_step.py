@@ -21,7 +21,7 @@ from edit_core.bench.subjects import transformer
 from edit_core.config import DEFAULT
 from edit_core.runtime import device_name
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "profile.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "profile.md"
 BLOCKS, SIDES, CONTENDERS = 2, (1024, 2048), ("teacher", "paper", DEFAULT)
 PARTS = ("projections and MLP", "softmax attention", "ConvFusion", "compressors, local branch", "K·V", "Q·KV",
          "norms, elementwise", "other")  # fmt: skip

@@ -19,13 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backbones import Base, BaseLinear
-from .basefile import BaseFile
+from ..backbones import Base, BaseLinear
+from ..basefile import BaseFile
+from ..distill.checkpoint import STATE, TENSORS
+from ..errors import EDiTError, EDiTModelError
+from ..files import read_json, sync_folder, write_file
+from . import DTYPES, EDiTWeights, fingerprint
 from .differences import PREFIX, in_full
-from .distill.checkpoint import STATE, TENSORS
-from .errors import EDiTError, EDiTModelError
-from .files import read_json, sync_folder, write_file
-from .weights import DTYPES, EDiTWeights, fingerprint
 
 __all__ = ["from_checkpoint", "merge", "split"]
 

@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 BACKBONES = {"pixart_sigma": "PixArt-Σ", "sd35_medium": "SD3.5-M"}
 HEAD = """# Beside everything else in ComfyUI
 
 The figures on this page were measured by the tests that `make matrix` and `make soak` run, in real ComfyUI processes
-on a CPU, and written by `tests/tools/reliability_comfyui.py`; a cell may be from a later run than its neighbours. The
+on a CPU, and written by `tools/reliability_comfyui.py`; a cell may be from a later run than its neighbours. The
 models are the pack's small trained teachers and students, unless a cell says otherwise. A *change* is the relative
 difference that a node makes to the latent that KSampler gives; *cosine* says how far the teacher's and the student's
 change point the same way (unrelated ones have 0). A cell passes only if the base is bit-equal afterwards, the student

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import EDiTAttention, Grid
-from .backbones import identify_module, module_tensors
-from .crossover import MinTokens, resolve
-from .differences import PREFIX, module_tree
-from .errors import EDiTModelError
-from .layers import format_layers
+from ..attention import EDiTAttention, Grid
+from ..backbones import identify_module, module_tensors
+from ..crossover import MinTokens, resolve
+from ..errors import EDiTModelError
+from ..layers import format_layers
+from ..weights import EDiTWeights
+from ..weights.differences import PREFIX, module_tree
 from .processors import Processor, Tap
-from .weights import EDiTWeights
 
 __all__ = ["EDiTHandle", "apply_edit"]
 

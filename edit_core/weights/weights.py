@@ -17,9 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .attention import SITES, LayerFactory
-from .backbones import BACKBONES, Base, identify_module, module_tensors
-from .config import KEY_PARTS, QUERY_PARTS, EDiTConfig
+from ..attention import SITES, LayerFactory
+from ..backbones import BACKBONES, Base, identify_module, module_tensors
+from ..config import KEY_PARTS, QUERY_PARTS, EDiTConfig
+from ..errors import EDiTError, EDiTModelError, EDiTWeightsError, said, shown
+from ..files import write_file
+from ..layers import format_layers, parse_layers
 from .differences import (
     PREFIX,
     Trainable,
@@ -30,9 +33,6 @@ from .differences import (
     modules_of,
     width_of,
 )
-from .errors import EDiTError, EDiTModelError, EDiTWeightsError, said, shown
-from .files import write_file
-from .layers import format_layers, parse_layers
 
 __all__ = [
     "DTYPES",

@@ -1,4 +1,4 @@
-"""Measures what docs/reliability.md tells, and writes it there: `tests/tools/reliability.py faults`, `… fuzz 200000`.
+"""Measures what docs/reliability.md tells, and writes it there: `tools/reliability.py faults`, `… fuzz 200000`.
 
 Each section of docs/reliability.json is what one command found; the page's tables are filled from that file alone.
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tools")]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
 from fill_readme import between
 from support import fuzz

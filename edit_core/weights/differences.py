@@ -15,8 +15,8 @@ from typing import Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .config import EDiTConfig
-from .errors import EDiTError, EDiTWeightsError
+from ..config import EDiTConfig
+from ..errors import EDiTError, EDiTWeightsError
 
 __all__ = [
     "PREFIX",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 ICON, BANNER = (400, 400), (1260, 540)
 FINER = 4
 """Drawn so many times larger, then scaled down."""

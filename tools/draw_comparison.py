@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-TARGET = Path(__file__).resolve().parents[2] / "docs" / "comparison.jpg"
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "comparison.jpg"
 ROWS = ("as asked", "teacher", "EDiT")
 COLUMNS, GAP, TILE, MARGIN = 6, 4, 128, 92
 """How many pictures are shown; pixels between those of the demo; a picture's side; what the rows' names take."""

@@ -1,4 +1,4 @@
-"""Tries the tests: does any of them fail when the code is wrong? `tests/tools/mutants.py --minutes 45`.
+"""Tries the tests: does any of them fail when the code is wrong? `tools/mutants.py --minutes 45`.
 
 mutmut makes the mutants of what follows EDiT's formulas and of what patches the hosts, each one small mistake in one
 function. Of all of them, in an order that a mutant's own text decides, as many as there is time for are put one at
@@ -26,8 +26,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "tools")]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 
 RESULTS, REASONS = ROOT / "docs" / "mutants.json", ROOT / "docs" / "mutants-survivors.json"
 PAGE = ROOT / "docs" / "reliability.md"

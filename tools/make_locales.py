@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ENGLISH = Path(__file__).resolve().parents[2] / "locales" / "en" / "nodeDefs.json"
+ENGLISH = Path(__file__).resolve().parents[1] / "locales" / "en" / "nodeDefs.json"
 
 
 def english_of(info: dict[str, Any]) -> dict[str, Any]:

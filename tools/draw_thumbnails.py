@@ -23,7 +23,7 @@ from edit_core.world.draw import draw as draw_scene
 from edit_core.world.files import load_teacher, shipped
 from edit_core.world.text import WorldText
 
-WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 WIDTH, HEIGHT, HEADER = 640, 400, 93
 FINER = 2
 """Drawn so many times larger, then scaled down."""

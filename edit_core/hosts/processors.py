@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from .attention import EDiTAttention, Grid, Projections
+from ..attention import EDiTAttention, Grid, Projections
 
 __all__ = ["Host", "JointProcessor", "Processor", "SelfProcessor", "Tap"]
 

@@ -1,0 +1,1 @@
+"""Where EDiT is applied to a host's model."""
