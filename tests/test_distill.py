@@ -202,7 +202,7 @@ def test_rates_and_decays_that_were_changed_hold_for_a_resumed_run(prepared: Any
     engine.run()
     changed = Engine(training.config(paths, tmp_path, TRANSFER, **fields, base_lr=0.5, weight_decay=0.01))
     assert changed.resume()
-    assert [(group["share"], group["weight_decay"]) for group in changed.optimizer.param_groups] == [
+    assert [(group["share"], group["weight_decay"]) for group in changed.learner.optimizer.param_groups] == [
         (1.0, 0.01),
         (0.5, 0.01),
     ]

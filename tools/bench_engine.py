@@ -98,12 +98,12 @@ def overhead(folder: Path, resolution: int, precision: str, repeats: int) -> dic
         latent = batch.pop("latent").to(DTYPES[precision])
         noised = noise_batch(backbone, latent, [torch.Generator().manual_seed(i)])
         arguments = call_arguments(backbone, noised.latent, noised.timestep, batch, engine.device)
-        engine.optimizer.zero_grad(set_to_none=True)
+        engine.learner.begin()
         features = FeatureTap()
         start = time.perf_counter()
         with engine._autocast():
-            teacher = prediction(backbone, engine._call(arguments, features.teacher, grad=False)).float()
-            student = prediction(backbone, engine._call(arguments, features.student, grad=True)).float()
+            teacher = prediction(backbone, engine.student.call(arguments, features.teacher, grad=False)).float()
+            student = prediction(backbone, engine.student.call(arguments, features.student, grad=True)).float()
             (mse_loss(student, noised.noise) + mse_loss(student, teacher) + 0.5 * features.total()).backward()
         times["by hand"].append(time.perf_counter() - start)
     found = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}

@@ -13,87 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ..config import DEFAULT, EDiTConfig
 from ..errors import EDiTConfigError, said, shown
 from ..weights.differences import Trainable, check_trainable
-from .objective import Weighting
+from .optimizer import BASE_LR, OptimizerKind
+from .stages import Count, Positive, Stage, Strict
 
-__all__ = ["BASE_LR", "DistillStage", "OptimizerKind", "RunConfig", "Stage", "TransferStage", "Watching", "load_config"]
-
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-OptimizerKind = Literal["adamw", "adamw8bit", "prodigy"]
-BASE_LR = 0.1
-"""Learning rate of differences on the base's linears, relative to the side weights' (ours)."""
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StageBase(Strict):
-    resolution: Count = 512
-    """Which of the cache's resolutions to train on; pixels per side of a square picture."""
-    steps: Count
-    """Optimiser steps."""
-    batch_size: Count = 1
-    """Pictures per step, over all processes and accumulated micro-batches."""
-    accumulation: Count = 1
-    """Micro-batches per step and process; more of them need less memory."""
-    lr: Positive = 1e-4
-    """Highest learning rate."""
-    warmup: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the rate rises from zero."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """What the rate does after the warm-up; cosine falls to zero at the last step."""
-    clip: Positive = 1.0
-    """Longest gradient."""
-    caption_dropout: Share = 0.1
-    """How often a caption is replaced by the empty one, so that guidance keeps working."""
-    weighting: Weighting | None = None
-    """How times are drawn: as the model was trained (uniform for PixArt-Σ, logit_normal for SD3.5), or by one of SD3's
-    schemes; PixArt-Σ's are then those of the same ratio of signal to noise."""
-    shift: Positive = 1.0
-    """How far times are shifted towards noise, but for PixArt-Σ's uniform ones; SD3 takes 3 at 1024 pixels."""
-
-    @model_validator(mode="after")
-    def _divides(self) -> StageBase:
-        if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}")
-        return self
-
-
-class TransferStage(StageBase):
-    """Every replaced attention regresses the teacher's output on the teacher's own inputs, in one teacher pass."""
-
-    kind: Literal["transfer"]
-    lr: Positive = 1e-3
-
-
-class DistillStage(StageBase):
-    """The student as a whole: its task, its teacher's prediction, and its teacher's attention outputs."""
-
-    kind: Literal["distill"]
-    task: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the task loss: noise prediction (PixArt-Σ) or rectified flow (SD3.5)."""
-    prediction: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the distance to the teacher's prediction."""
-    feature: Annotated[float, Field(ge=0)] = 0.5
-    """Weight of the distance to the teacher's attention outputs, relative to their size, mean over attentions."""
-    guidance: tuple[Positive, Positive] | None = None
-    """Lowest and highest guidance scale. The predictions that are compared are then guided ones, as sampling uses them;
-    every picture goes through the model twice, with its caption and with the empty one."""
-    gradient_checkpointing: bool = True
-    """Computes activations again in the backward pass: slower, far less memory."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> DistillStage:
-        if self.guidance and self.guidance[0] > self.guidance[1]:
-            raise ValueError(f"guidance goes from the lowest to the highest scale, not {list(self.guidance)}")
-        return self
+__all__ = ["RunConfig", "Watching", "load_config"]
 
 
 class Watching(Strict):
@@ -115,9 +43,6 @@ class Watching(Strict):
         if not self.held_out and (self.evaluate_every or self.preview_every):
             raise ValueError("held_out=0 leaves nothing to look at; set evaluate_every and preview_every to 0 as well")
         return self
-
-
-Stage = Annotated[TransferStage | DistillStage, Field(discriminator="kind")]
 
 
 class RunConfig(Strict):

@@ -29,13 +29,12 @@ from ..hosts.diffusers import EDiTHandle, apply_edit
 from ..runtime import DTYPES
 from ..weights import EDiTWeights
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from .config import DistillStage, RunConfig, Stage, TransferStage
+from .config import RunConfig
 from .dataset import BatchPlan, CachedLatents
 from .journal import Journal
-from .losses import FeatureTap, TransferTap, weighted_mse
-from .objective import call_arguments, noise_batch, prediction, task_target
-from .optimizer import make_optimizer, rate
+from .optimizer import Learner, make_optimizer
 from .parallel import Processes
+from .stages import Stage, Student
 from .teacher import load_teacher
 from .watch import Watcher
 
@@ -90,10 +89,13 @@ class Engine:
         """Steps that were not finite; float16's loss scaling finds its scale by a few of them now and then."""
         self.skipped_in_a_row = 0
         self.stopping = False
-        self.optimizer = self._optimizer(config.stages[0])
-        self.empty_prompt = CachedLatents.empty_prompt(config.cache)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
-        self.watcher = Watcher(config, self.transformer, self.handle, self.weights.backbone, self.empty_prompt)
+        optimizer = self._optimizer(config.stages[0])
+        self.learner = Learner(self.parameters, optimizer, self.device, scaled=config.precision == "float16")
+        empty_prompt, dtype = CachedLatents.empty_prompt(config.cache), DTYPES[config.precision]
+        self.student = Student(
+            self.transformer, self.handle, self.weights.backbone, self.learner, empty_prompt, self.device, dtype
+        )
+        self.watcher = Watcher(config, self.transformer, self.handle, self.weights.backbone, empty_prompt)
 
     # --- the loop ---
 
@@ -132,7 +134,7 @@ class Engine:
                 return
             self.stage_index, self.step = self.stage_index + 1, 0
             if self.stage_index < len(self.config.stages):
-                self.optimizer = self._optimizer(self.config.stages[self.stage_index])
+                self.learner.optimizer = self._optimizer(self.config.stages[self.stage_index])
             self.save()
 
     def _run_stage(self, stage: Stage, journal: Journal | None) -> bool:
@@ -145,8 +147,8 @@ class Engine:
         with tqdm(batches, label, stage.steps, leave=False, initial=self.step, disable=quiet) as bar:
             for step, batch in bar:
                 start = time.perf_counter()
-                for group in self.optimizer.param_groups:
-                    group["lr"] = stage.lr * group["share"] * rate(stage, step)
+                for group in self.learner.optimizer.param_groups:
+                    group["lr"] = stage.lr * group["share"] * stage.rate(step)
                 losses = self._train_step(stage, batch)
                 finite = self._update(stage, losses)
                 self.step, self.total = step + 1, self.total + 1
@@ -155,7 +157,7 @@ class Engine:
                 bar.set_postfix(loss=f"{values['loss']:.4g}", pictures=f"{stage.batch_size / seconds:.2f}/s")
                 if journal:
                     where = {"step": self.total, "stage": self.stage_index, "kind": stage.kind, "finite": finite}
-                    lr = self.optimizer.param_groups[0]["lr"]
+                    lr = self.learner.optimizer.param_groups[0]["lr"]
                     journal.write({**where, **values, "lr": lr, "seconds": seconds, "memory": self._memory()})
                 self._look(stage, data, journal)
                 if self.processes.any(self.stopping):
@@ -175,96 +177,25 @@ class Engine:
 
     def _train_step(self, stage: Stage, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds a step's gradients up, over this process's part of the batch; returns its losses, detached."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.learner.begin()
         share = stage.batch_size // self.processes.world
         size = share // stage.accumulation
         found: list[dict[str, Tensor]] = []
         for i in range(stage.accumulation):
             part = {name: value[i * size : (i + 1) * size] for name, value in batch.items()}
+            first = self.processes.rank * share + i * size
+            generators = [self._generator("noise", self.step, first + j) for j in range(size)]
             with self._autocast():
-                found.append(self._micro_step(stage, part, first=self.processes.rank * share + i * size))
+                found.append(stage.losses(self.student, part, generators))
         return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
-
-    def _micro_step(self, stage: Stage, batch: dict[str, Tensor], first: int) -> dict[str, Tensor]:
-        backbone = self.weights.backbone
-        latent = batch["latent"].to(self.device, DTYPES[self.config.precision])  # (B, c, h, w)
-        generators = [self._generator("noise", self.step, first + i) for i in range(len(latent))]
-        condition = self._with_dropout(stage, batch, generators)
-        noised = noise_batch(backbone, latent, generators, stage.weighting, stage.shift)
-        share = 1 / stage.accumulation
-        if isinstance(stage, TransferStage):
-            arguments = call_arguments(backbone, noised.latent, noised.timestep, condition, self.device)
-            tap = TransferTap(lambda loss: self.scaler.scale(loss * share).backward())
-            self._call(arguments, tap, grad=False)
-            return {"loss": torch.stack(list(tap.losses.values())).mean()}
-        seen, time_, scale = noised.latent, noised.timestep, None
-        if stage.guidance:
-            low, high = stage.guidance
-            draws = torch.cat([torch.rand(1, generator=g) for g in generators])
-            scale = (low + (high - low) * draws).to(self.device).view(-1, 1, 1, 1)
-            condition = {k: torch.cat([v, self.empty_prompt[k].expand_as(v)]) for k, v in condition.items()}
-            seen, time_ = torch.cat([seen, seen]), torch.cat([time_, time_])  # (2B, c, h, w), (2B,)
-        arguments = call_arguments(backbone, seen, time_, condition, self.device)
-        features = FeatureTap()
-        teacher = prediction(backbone, self._call(arguments, features.teacher, grad=False)).float()
-        with self._checkpointing(stage):
-            student = prediction(backbone, self._call(arguments, features.student, grad=True)).float()
-            losses = {
-                "task": weighted_mse(
-                    student[: len(latent)], task_target(backbone, latent, noised).float(), noised.weight
-                ),
-                "prediction": weighted_mse(student, teacher, noised.weight, scale),
-                "feature": features.total(),
-            }
-            loss = stage.task * losses["task"] + stage.prediction * losses["prediction"]
-            loss = loss + stage.feature * losses["feature"]
-            self.scaler.scale(loss * share).backward()
-        return {"loss": loss.detach(), **{name: value.detach() for name, value in losses.items()}}
-
-    def _call(self, arguments: dict[str, Any], tap: Any, grad: bool) -> Tensor:
-        self.handle.tap = tap
-        try:
-            with torch.set_grad_enabled(grad):
-                return self.transformer(**arguments)[0]
-        finally:
-            if not grad:  # a backward pass with gradient checkpointing calls the attentions once more
-                self.handle.tap = None
-
-    @contextmanager
-    def _checkpointing(self, stage: DistillStage) -> Iterator[None]:
-        if stage.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        try:
-            yield
-        finally:
-            self.handle.tap = None
-            self.transformer.disable_gradient_checkpointing()
-
-    def _with_dropout(
-        self, stage: Stage, batch: dict[str, Tensor], generators: list[torch.Generator]
-    ) -> dict[str, Tensor]:
-        """The batch's conditions, some captions replaced by the empty one."""
-        names = [name for name in batch if name in ("prompt_embeds", "prompt_mask", "pooled")]
-        drop = [float(torch.rand(1, generator=g)) < stage.caption_dropout for g in generators]
-        if not any(drop):
-            return {name: batch[name] for name in names}
-        empty = self.empty_prompt
-        return {
-            name: torch.stack([empty[name] if d else value for d, value in zip(drop, batch[name], strict=True)])
-            for name in names
-        }
 
     def _update(self, stage: Stage, losses: dict[str, Tensor]) -> bool:
         """Takes the optimiser's step unless something is not finite; says whether it did. `losses` become all's."""
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         self.processes.average([*gradients, *losses.values()])
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), stage.clip)
-        losses["gradient"] = norm.detach()
-        finite = bool(torch.isfinite(losses["loss"])) and bool(torch.isfinite(norm))
+        losses["gradient"], finite = self.learner.finish(losses["loss"], stage.clip)
         if finite:
             self.skipped_in_a_row = 0
-            self.scaler.step(self.optimizer)
             taken = self.total + 1 - self.skipped
             decay = min(self.config.ema, (1 + taken) / (10 + taken))
             if self.ema:
@@ -279,7 +210,6 @@ class Engine:
                     f"step {self.total}. "
                     f"The last good checkpoint is in {self.config.output / 'checkpoints'}; try a lower lr or bfloat16"
                 )
-        self.scaler.update()
         return finite
 
     # --- looking at it ---
@@ -341,14 +271,14 @@ class Engine:
         tensors.update({f"ema.{name}": t for name, t in self.ema.items()})
         names = list(self.parameters)
         # bitsandbytes' own state_dict nests its tensors for a kind of FSDP that is not used here.
-        for index, moments in torch.optim.Optimizer.state_dict(self.optimizer)["state"].items():
+        for index, moments in torch.optim.Optimizer.state_dict(self.learner.optimizer)["state"].items():
             for key, value in moments.items():
                 shared = key.startswith("qmap")  # of bitsandbytes, one for all weights; safetensors wants one each
                 tensors[f"optimizer.{names[index]}.{key}"] = value.clone() if shared else torch.as_tensor(value)
         return tensors
 
     def _state(self) -> dict[str, Any]:
-        groups = self.optimizer.state_dict()["param_groups"]
+        groups = self.learner.optimizer.state_dict()["param_groups"]
         return {
             "version": __version__,
             "stage": self.stage_index,
@@ -357,7 +287,7 @@ class Engine:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "groups": [{k: _plain(v) for k, v in g.items() if k != "params"} for g in groups],
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.learner.scaler.state_dict(),
             "config": json.loads(self.config.model_dump_json()),
             "weights": self._described().metadata(),
         }
@@ -389,9 +319,9 @@ class Engine:
                 if name in self.ema:
                     self.ema[name].copy_(tensors[f"ema.{name}"])
         if self.stage_index < len(self.config.stages):
-            self.optimizer = self._optimizer(self.config.stages[self.stage_index])
+            self.learner.optimizer = self._optimizer(self.config.stages[self.stage_index])
             self._restore_optimizer(tensors, state["groups"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.learner.scaler.load_state_dict(state["scaler"])
         self.processes.wait()  # a run that stopped at a stage's end writes this checkpoint anew before its next step
         return True
 
@@ -402,14 +332,14 @@ class Engine:
             moments = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             if moments:
                 state[index] = moments
-        fresh = self.optimizer.state_dict()["param_groups"]
+        fresh = self.learner.optimizer.state_dict()["param_groups"]
         if not state:  # the checkpoint closed a stage: the next one begins with an optimiser of its own
             return
         kept = ("params", "share", "weight_decay")  # the configuration's, which may have changed since
         merged = [
             {**old, **saved, **{name: old[name] for name in kept}} for old, saved in zip(fresh, groups, strict=True)
         ]
-        self.optimizer.load_state_dict({"state": state, "param_groups": merged})
+        self.learner.optimizer.load_state_dict({"state": state, "param_groups": merged})
 
     def export(self) -> Path:
         """Writes the student, averaged if there is an average, as an EDiT weights file."""

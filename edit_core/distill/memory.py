@@ -11,7 +11,8 @@ from ..basefile import BaseFile
 from ..layers import parse_layers
 from ..runtime import DTYPES
 from ..weights import build_sides
-from .config import RunConfig, Stage, TransferStage
+from .config import RunConfig
+from .stages import Stage, TransferStage
 
 __all__ = ["Estimate", "estimate"]
 

@@ -1,19 +1,21 @@
-"""Optimisers of a training, and how their learning rate goes."""
+"""Optimisers of a training, and the step that every training takes with one."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import EDiTError
 from ..weights.differences import PREFIX
-from .config import BASE_LR, OptimizerKind, Stage
 
-__all__ = ["make_optimizer", "rate"]
+__all__ = ["BASE_LR", "Learner", "OptimizerKind", "make_optimizer"]
+
+OptimizerKind = Literal["adamw", "adamw8bit", "prodigy"]
+BASE_LR = 0.1
+"""Learning rate of differences on the base's linears, relative to the side weights' (ours)."""
 
 
 def make_optimizer(
@@ -54,10 +56,47 @@ def make_optimizer(
     return Optimizer(groups, weight_decay=weight_decay, **fast)
 
 
-def rate(stage: Stage, step: int) -> float:
-    """Share of the highest learning rate at a step."""
-    if step < stage.warmup:
-        return (step + 1) / stage.warmup
-    if stage.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - stage.warmup) / max(1, stage.steps - stage.warmup)))
+class Learner:
+    """What is trained, its optimiser, and float16's loss scaling: `begin`, `backward` once or more, `finish`.
+
+    Args:
+        parameters: by the names of a weights file.
+        optimizer: of them; a training may replace it between two steps.
+        device: of the parameters.
+        scaled: whether gradients are scaled, as float16 needs it.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        scaled: bool,
+    ) -> None:
+        self.parameters, self.optimizer = parameters, optimizer
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+
+    def begin(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a loss to those of this step."""
+        self.scaler.scale(loss).backward()
+
+    def finish(self, loss: Tensor, clip: float) -> tuple[Tensor, bool]:
+        """Takes the optimiser's step unless something is not finite.
+
+        Args:
+            loss: the whole step's.
+            clip: longest gradient.
+
+        Returns:
+            the gradient's length, and whether the step was taken.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), clip).detach()
+        finite = bool(torch.isfinite(loss)) and bool(torch.isfinite(norm))
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm, finite

@@ -1,4 +1,4 @@
-"""Training attentions while their teacher runs: the loop that every host's calibration shares."""
+"""Training attentions while their teacher runs: the step that transfer stages take, and every host's calibration."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .. import __version__
 from ..errors import EDiTError
 from ..weights import EDiTWeights
 from .losses import TransferTap
-from .optimizer import make_optimizer
+from .optimizer import Learner, make_optimizer
 
-__all__ = ["frozen", "trained_weights", "transfer"]
+__all__ = ["frozen", "trained_weights", "transfer", "transfer_step"]
 
 
 @contextmanager
@@ -32,6 +32,32 @@ def frozen(module: nn.Module) -> Iterator[None]:
         for parameter in parameters:
             with torch.inference_mode(parameter.is_inference()):  # the only mode that allows it
                 parameter.requires_grad_(True)
+
+
+def transfer_step(learner: Learner, teach: Callable[[TransferTap], object], parts: int = 1) -> Tensor:
+    """Adds the gradients of every attention's error, on what its teacher sees, to those of this step.
+
+    Args:
+        learner: of the attentions.
+        teach: makes a call of the teacher, or a few, with the given tap in every attention to be replaced.
+        parts: how many of these make up a step; each counts that share.
+
+    Returns:
+        the mean relative error, detached.
+
+    Raises:
+        EDiTError: the teacher came by no attention.
+    """
+    found: list[Tensor] = []
+
+    def backward(loss: Tensor) -> None:
+        found.append(loss.detach())
+        learner.backward(loss * (1 / parts))
+
+    teach(TransferTap(backward))
+    if not found:
+        raise EDiTError("the teacher ran without any of the attentions that are to be trained")
+    return torch.stack(found).mean()
 
 
 def transfer(
@@ -61,30 +87,16 @@ def transfer(
     Raises:
         EDiTError: an error that is not finite, or the teacher came by no attention.
     """
-    optimizer = make_optimizer(parameters, lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-    found: list[Tensor] = []
+    learner = Learner(parameters, make_optimizer(parameters, lr), device, scaled)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(learner.optimizer, steps)
     losses: list[float] = []
-
-    def backward(loss: Tensor) -> None:
-        found.append(loss.detach())
-        scaler.scale(loss).backward()
-
-    tap = TransferTap(backward)
     for step in range(steps):
-        found.clear()
-        optimizer.zero_grad(set_to_none=True)
-        teach(tap)
-        if not found:
-            raise EDiTError("the teacher ran without any of the attentions that are to be trained")
-        losses.append(float(torch.stack(found).mean()))
-        if not math.isfinite(losses[-1]):
+        learner.begin()
+        loss = transfer_step(learner, teach)
+        losses.append(float(loss))
+        _, taken = learner.finish(loss, clip=1.0)
+        if not (taken or (scaled and math.isfinite(losses[-1]))):  # scaling finds its scale by gradients too large
             raise EDiTError(f"the error is not finite at step {step}; try a lower lr")
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
         schedule.step()
         on_step(step, losses[-1])
     return losses

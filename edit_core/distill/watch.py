@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from ..hosts.diffusers import EDiTHandle
-from .config import RunConfig, Stage
+from .config import RunConfig
 from .dataset import CachedLatents
 from .distance import Distance, teacher_distance
 from .losses import dense_tap
 from .sampling import Sampler, grid
+from .stages import Stage
 
 __all__ = ["Watcher"]
 
