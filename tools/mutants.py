@@ -35,22 +35,23 @@ PAGE = ROOT / "docs" / "reliability.md"
 FORMULAS = ("attention", "numbers", "baselines", "structure", "diffusers", "kernels")
 PATCHES = ("diffusers", "differences", "structure", "bench_layers")
 BASES = ("backbones", "differences", "diffusers", "convert", "comfyui")
-TESTS: dict[str, tuple[str, ...]] = {
-    "edit_core/attention/__init__.py": FORMULAS,
-    "edit_core/attention/edit.py": FORMULAS,
-    "edit_core/attention/linear.py": FORMULAS,
-    "edit_core/attention/modules.py": FORMULAS,
+TESTED = {
     "edit_core/attention/slices.py": ("structure", *FORMULAS),
-    "edit_core/apply.py": PATCHES,
-    "edit_core/processors.py": PATCHES,
-    "edit_core/backbones/__init__.py": BASES,
-    "edit_core/backbones/base.py": BASES,
-    "edit_core/backbones/pixart_sigma.py": BASES,
-    "edit_core/backbones/sd35_medium.py": BASES,
+    "edit_core/attention/*.py": FORMULAS,
+    "edit_core/hosts/*.py": PATCHES,
+    "edit_core/backbones/*.py": BASES,
     "nodes/patcher.py": ("comfyui",),
 }
-"""The files and their tests, the likeliest to fail first, without what compiles graphs: it takes a minute, and each
-survivor would have to wait for it. `attention/naive.py` is the specification, not code."""
+"""Files and their tests, the likeliest to fail first, without what compiles graphs: it takes a minute, and each
+survivor would have to wait for it."""
+SPECIFICATION = "edit_core/attention/naive.py"
+TESTS: dict[str, tuple[str, ...]] = {}
+"""The tests of every file; the first pattern that fits it counts."""
+for pattern, tests in TESTED.items():
+    for path in sorted(ROOT.glob(pattern)):
+        TESTS.setdefault(path.relative_to(ROOT).as_posix(), tests)
+del TESTS[SPECIFICATION]  # it is not code
+
 CHECKS = (
     "check_edit_changes_the_output_and_leaves_the_base_bit_equal",
     "check_what_stays_dense_says_why_once",
