@@ -53,8 +53,8 @@ bench-training: $(READY)
 
 # The small world's table: trains and judges every student that docs/world.json lacks; half an hour each on one core.
 world: $(READY)
-	$(BIN)/python -m edit_core.world.table --backbone pixart_sigma
-	$(BIN)/python -m edit_core.world.table --backbone sd35_medium
+	$(BIN)/python tools/world table --backbone pixart_sigma
+	$(BIN)/python tools/world table --backbone sd35_medium
 	$(BIN)/python tools/fill_readme.py
 
 # docs/screens and the pictures of the help pages, with a ComfyUI and a Chromium; minutes on two cores.

@@ -21,9 +21,9 @@ from edit_core.world.reader import accuracy, read
 from edit_core.world.scenes import COLOURS, COLUMNS, GROUNDS, ROWS, SPECIALS, TEXTURES, Scene
 from edit_core.world.teachers import build
 from edit_core.world.text import POOLED, TOKENS, VOCABULARY, WIDTH, WorldText
-from edit_core.world.train import Stage, Trainer, load_run
 from edit_core.world.vae import Decoder, comfyui_state, tiny
-from edit_core.world.vae import train as train_decoder
+from world.decoder import train as train_decoder
+from world.train import Stage, Trainer, load_run
 
 BACKBONES = tuple(CHANNELS)
 SCENES = [Scene.random(seed) for seed in range(90)]
@@ -293,7 +293,7 @@ def test_a_teacher_draws_in_half_precision_as_demo_offers_it(backbone: str) -> N
 def test_a_training_learns_and_goes_on_as_if_it_had_not_stopped(
     backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edit_core.world.train._WARMUP", 1)
+    monkeypatch.setattr("world.train._WARMUP", 1)
     stages = (Stage(1 << 62, 4, ((64, 64), (96, 64))),)
     whole = Trainer(backbone, tmp_path, rate=3e-3, stages=stages)
     losses = [whole.step()[0] for _ in range(24)]

@@ -15,11 +15,13 @@ from edit_core.config import DEFAULT
 from edit_core.distill.config import load_config
 from edit_core.distill.dataset import CachedLatents
 from edit_core.errors import EDiTError
-from edit_core.world import classifier, data, files, judge, table
-from edit_core.world.classifier import Classifier
+from edit_core.world import data, files
 from edit_core.world.codec import CHANNELS, encode
+from edit_core.world.draw import held_out, pictures, real
 from edit_core.world.scenes import Scene
 from edit_core.world.text import WorldText
+from world import classifier, judge, table
+from world.classifier import Classifier
 
 BACKBONES = tuple(CHANNELS)
 
@@ -43,24 +45,24 @@ def test_a_cache_holds_the_scenes_as_they_are_drawn(backbone: str, tmp_path: Pat
 def test_a_classifier_learns_and_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "classifier.safetensors"
     torch.manual_seed(0)
-    scenes = judge.scenes(64)
+    scenes = held_out(64)
     before = classifier.right(Classifier(), scenes, 128, None)
     trained = classifier.train(path, steps=120, batch=32)
     after = classifier.right(trained, scenes, 128, None)
     assert after["ground"] > before["ground"] + 0.2
-    pictures = judge.real("sd35_medium", scenes[:4], 128)
-    again = classifier.load(path).images(pictures)
-    assert models.relative_error(again, trained.images(pictures)) < 0.01
+    shown = real("sd35_medium", scenes[:4], 128)
+    again = classifier.load(path).images(shown)
+    assert models.relative_error(again, trained.images(shown)) < 0.01
     with pytest.raises(EDiTError, match="is no classifier"):
         classifier.load(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("backbone", models.SD35_FIRST)
 def test_real_scenes_are_worth_more_than_other_ones_and_than_noise(backbone: str) -> None:
-    eyes, asked = classifier.load(), judge.scenes(48)
-    pictures = judge.real(backbone, asked, 256)
-    noise = torch.randint(0, 256, pictures.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    best, mixed, worst = (judge.worth(p, asked, backbone, eyes) for p in (pictures, pictures.roll(1, 0), noise))
+    eyes, asked = classifier.load(), held_out(48)
+    drawn = real(backbone, asked, 256)
+    noise = torch.randint(0, 256, drawn.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    best, mixed, worst = (judge.worth(p, asked, backbone, eyes) for p in (drawn, drawn.roll(1, 0), noise))
     assert best["all"] > 0.99 > 0.6 > mixed["all"] > worst["all"]
     assert best["frechet"] == pytest.approx(mixed["frechet"], rel=1e-3)
     assert best["frechet"] < worst["frechet"] / 5
@@ -70,11 +72,11 @@ def test_real_scenes_are_worth_more_than_other_ones_and_than_noise(backbone: str
 def test_shipped_teachers_and_students_draw_what_captions_say(backbone: str) -> None:
     transformer = files.load_teacher(backbone)
     weights = EDiTWeights.load(files.shipped("edit", backbone))
-    asked = judge.scenes(6)
+    asked = held_out(6)
     eyes = classifier.load()
-    teacher = judge.worth(judge.pictures(backbone, transformer, asked, 256, steps=12), asked, backbone, eyes)
+    teacher = judge.worth(pictures(backbone, transformer, asked, 256, steps=12), asked, backbone, eyes)
     with apply_edit(transformer, weights) as handle:
-        student = judge.worth(judge.pictures(backbone, transformer, asked, 256, steps=12), asked, backbone, eyes)
+        student = judge.worth(pictures(backbone, transformer, asked, 256, steps=12), asked, backbone, eyes)
         found = judge.cost(backbone, transformer, handle, 512, repeats=1)
         near = judge.distance(backbone, transformer, handle, 256, count=4)
     print(backbone, teacher["all"], student["all"], near)

@@ -10,7 +10,7 @@ from typing import Any
 from edit_core.backbones import BACKBONES
 from edit_core.bench import Measurement, table
 from edit_core.bench.report import series, title_of
-from edit_core.world.table import METHODS, TEACHER
+from world.table import METHODS, TEACHER
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASUREMENTS, TRAINING = ROOT / "docs" / "bench_cpu.json", ROOT / "docs" / "bench_training.json"

@@ -66,22 +66,23 @@ def run(options: Any) -> Result:
 
 
 def _compare(backbone: str, options: Any, device: torch.device, output: Path) -> dict[str, Any]:
+    from ..distill.plan import call_times
     from ..distill.sampling import grid, png
-    from ..world import judge
+    from ..world.draw import call_of, held_out, pictures, real
     from ..world.files import load_teacher, shipped
     from ..world.reader import right
 
     transformer = load_teacher(backbone)
     torch.nn.Module.to(transformer, device, DTYPES[options.dtype])  # diffusers' own warns of layers it has none of
     weights = EDiTWeights.load(shipped("edit", backbone))
-    asked = judge.scenes(options.pictures)
-    arguments = judge.call_of(backbone, transformer, options.size)
-    drawn: dict[str, Tensor] = {"asked": judge.real(backbone, asked, options.size)}
+    asked = held_out(options.pictures)
+    arguments = call_of(backbone, transformer, options.size)
+    drawn: dict[str, Tensor] = {"asked": real(backbone, asked, options.size)}
     row: dict[str, Any] = {"backbone": backbone, "right": {}, "picture": {}}
 
     def draw(who: str) -> None:
         start = time.perf_counter()
-        drawn[who] = judge.pictures(backbone, transformer, asked, options.size, options.steps, batch=4)
+        drawn[who] = pictures(backbone, transformer, asked, options.size, options.steps, batch=4)
         row["picture"][who] = (time.perf_counter() - start) / len(asked)
         row["right"][who] = right(drawn[who].numpy(), asked)["all"]
 
@@ -90,8 +91,9 @@ def _compare(backbone: str, options: Any, device: torch.device, output: Path) ->
     with apply_edit(transformer, weights) as handle:
         draw("student")
         for name, size in (("call", options.size), ("large", LARGE)):
-            found = judge.cost(backbone, transformer, handle, size, repeats=3)
-            row[name] = {"teacher": found["teacher_seconds"], "student": found["seconds"]}
+            with torch.no_grad():
+                teacher, student = call_times(transformer, handle, call_of(backbone, transformer, size), repeats=3)
+            row[name] = {"teacher": teacher, "student": student}
     row["restored"] = bool(torch.equal(before, transformer(**arguments)[0]))
     sheet = output / f"demo_{backbone}.png"
     write_file(sheet, png(grid([drawn[who] for who in ("asked", "teacher", "student")])))

@@ -1,1 +1,1 @@
-"""The small world: captioned pictures drawn from a seed, and all that trains and judges small teachers on them."""
+"""The small world: captioned pictures drawn from a seed, small models, and what draws and reads their pictures."""

@@ -1,4 +1,7 @@
-"""Draws the world's captions with a teacher or a student, and shows the pictures in a grid."""
+"""Draws the world's captions with a teacher or a student, and gives the scenes that all are asked for.
+
+All that is random follows from fixed seeds, so two drawings with the same weights agree.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ from torch import Tensor
 from ..distill.encoders import CELL
 from ..distill.objective import call_arguments, prediction
 from ..runtime import progress
-from .codec import CHANNELS, decode
+from .codec import CHANNELS, decode, draw_scenes, encode, through
+from .data import WorldEncoder
+from .scenes import HELD_OUT, Scene
 from .teachers import scheduler
 from .text import WorldText
 
-__all__ = ["draw"]
+__all__ = ["batch_of", "call_of", "draw", "held_out", "pictures", "real"]
 
 
 @torch.no_grad()
@@ -69,3 +74,43 @@ def draw(
             latent = plan.step(output, time, latent, return_dict=False)[0]
         pictures.append(decode(backbone, latent).permute(0, 2, 3, 1).cpu())
     return torch.cat(pictures)
+
+
+def held_out(count: int) -> list[Scene]:
+    """The first held-out scenes."""
+    return [Scene.random(HELD_OUT + i) for i in range(count)]
+
+
+def pictures(
+    backbone: str, transformer: Any, asked: Sequence[Scene], size: int, steps: int = 16, batch: int = 16
+) -> Tensor:
+    """What a model draws of scenes' captions: `(B, size, size, 3)` uint8.
+
+    Args:
+        backbone: `pixart_sigma` or `sd35_medium`.
+        transformer: as it is at the moment.
+        asked: scenes; the noise's seed is the place in this list.
+        size: pixels per side.
+        steps: of the sampler.
+        batch: pictures drawn at once.
+    """
+    captions, seeds = [scene.caption for scene in asked], range(len(asked))
+    return draw(backbone, transformer, captions, seeds, size, size, steps, batch=batch)
+
+
+def real(backbone: str, shown: Sequence[Scene], size: int) -> Tensor:
+    """The scenes themselves through the codec, `(B, size, size, 3)` uint8: the best that a model could draw."""
+    return through(backbone, draw_scenes(shown, size, size))
+
+
+def batch_of(backbone: str, shown: Sequence[Scene], size: int) -> dict[str, Tensor]:
+    """Latents and conditions of scenes, as a cache's samples are batched."""
+    condition = WorldEncoder(backbone).encode_prompts([scene.caption for scene in shown])
+    return {"latent": encode(backbone, draw_scenes(shown, size, size).permute(0, 3, 1, 2)), **condition}
+
+
+def call_of(backbone: str, transformer: Any, size: int) -> dict[str, Any]:
+    """Keyword arguments of a transformer's call halfway to noise, on a scene of this size, for timing and comparing."""
+    batch = batch_of(backbone, held_out(1), size)
+    latent = batch.pop("latent").to(transformer.device, transformer.dtype)
+    return call_arguments(backbone, latent, torch.tensor([500], device=latent.device), batch, latent.device)

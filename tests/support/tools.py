@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path.append(str(TOOLS))  # they import one another, as when they are run
 
 
 def tool(name: str) -> Any:

@@ -1,6 +1,6 @@
 """A small classifier of the world's pictures, in whose features sets of pictures are compared (ours).
 
-It is trained once, frozen and shipped: `python -m edit_core.world.classifier --output …`. Fréchet distances in its
+It is trained once, frozen and shipped: `tools/world classifier --output …`. Fréchet distances in its
 features see what a scene is made of and how it looks, as Inception's do for photographs.
 """
 
@@ -18,16 +18,28 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..errors import EDiTError
-from ..files import write_file
-from ..runtime import progress
-from .codec import draw_scenes, through
-from .scenes import COLOURS, COLUMNS, GROUNDS, HELD_OUT, NUMBERS, ROWS, SHAPES, SIZES, SPECIALS, TEXTURES, Scene
+from edit_core.errors import EDiTError
+from edit_core.files import write_file
+from edit_core.runtime import progress
+from edit_core.world.codec import draw_scenes, through
+from edit_core.world.scenes import (
+    COLOURS,
+    COLUMNS,
+    GROUNDS,
+    HELD_OUT,
+    NUMBERS,
+    ROWS,
+    SHAPES,
+    SIZES,
+    SPECIALS,
+    TEXTURES,
+    Scene,
+)
 
 __all__ = ["FEATURES", "SHIPPED", "Classifier", "load", "train"]
 
 FEATURES = 64
-SHIPPED = Path(__file__).with_name("models") / "classifier.safetensors"
+SHIPPED = Path(__file__).with_name("classifier.safetensors")
 _SIDE = 64
 _WIDTHS = (3, 24, 48, 64, 64)
 _CHOICES = {"ground": GROUNDS, "texture": TEXTURES, "special": SPECIALS, "dots": ("none", *NUMBERS)}
@@ -143,7 +155,7 @@ def load(path: Path = SHIPPED) -> Classifier:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m edit_core.world.classifier",
+        prog="tools/world classifier",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -155,7 +167,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scenes = [Scene.random(HELD_OUT + i) for i in range(512)]
     for size in _SIZES:
         print(size, {name: round(value, 4) for name, value in right(model, scenes, size, None).items()})
-
-
-if __name__ == "__main__":
-    main()

@@ -13,47 +13,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..distill.distance import teacher_distance
-from ..distill.losses import dense_tap
-from ..distill.objective import call_arguments
-from ..distill.picture_metrics import fid
-from ..distill.plan import call_times
-from ..hosts.diffusers import EDiTHandle
+from edit_core.distill.distance import teacher_distance
+from edit_core.distill.losses import dense_tap
+from edit_core.distill.picture_metrics import fid
+from edit_core.distill.plan import call_times
+from edit_core.hosts.diffusers import EDiTHandle
+from edit_core.world.draw import batch_of, call_of, held_out, real
+from edit_core.world.reader import right
+from edit_core.world.scenes import HELD_OUT, Scene
+
 from .classifier import Classifier
-from .codec import draw_scenes, encode, through
-from .data import WorldEncoder
-from .draw import draw
-from .reader import right
-from .scenes import HELD_OUT, Scene
 
-__all__ = ["call_of", "cost", "distance", "pictures", "real", "scenes", "worth"]
-
-
-def scenes(count: int) -> list[Scene]:
-    """The first held-out scenes."""
-    return [Scene.random(HELD_OUT + i) for i in range(count)]
-
-
-def pictures(
-    backbone: str, transformer: Any, asked: Sequence[Scene], size: int, steps: int = 16, batch: int = 16
-) -> Tensor:
-    """What a model draws of scenes' captions: `(B, size, size, 3)` uint8.
-
-    Args:
-        backbone: `pixart_sigma` or `sd35_medium`.
-        transformer: as it is at the moment.
-        asked: scenes; the noise's seed is the place in this list.
-        size: pixels per side.
-        steps: of the sampler.
-        batch: pictures drawn at once.
-    """
-    captions, seeds = [scene.caption for scene in asked], range(len(asked))
-    return draw(backbone, transformer, captions, seeds, size, size, steps, batch=batch)
-
-
-def real(backbone: str, shown: Sequence[Scene], size: int) -> Tensor:
-    """The scenes themselves through the codec, `(B, size, size, 3)` uint8: the best that a model could draw."""
-    return through(backbone, draw_scenes(shown, size, size))
+__all__ = ["cost", "distance", "worth"]
 
 
 def worth(drawn: Tensor, asked: Sequence[Scene], backbone: str, classifier: Classifier) -> dict[str, float]:
@@ -73,23 +44,10 @@ def worth(drawn: Tensor, asked: Sequence[Scene], backbone: str, classifier: Clas
 
 def distance(backbone: str, transformer: Any, handle: EDiTHandle, size: int, count: int = 64) -> dict[str, float]:
     """A student's error relative to its teacher on noised held-out scenes: `prediction`, and the mean `attention`."""
-    shown = scenes(count)
-    batches = [_batch(backbone, shown[start : start + 16], size) for start in range(0, count, 16)]
+    shown = held_out(count)
+    batches = [batch_of(backbone, shown[start : start + 16], size) for start in range(0, count, 16)]
     found = teacher_distance(transformer, handle, backbone, batches)
     return {"prediction": found.prediction, "attention": found.mean_attention}
-
-
-def _batch(backbone: str, shown: Sequence[Scene], size: int) -> dict[str, Tensor]:
-    """Latents and conditions of scenes, as a cache's samples are batched."""
-    condition = WorldEncoder(backbone).encode_prompts([scene.caption for scene in shown])
-    return {"latent": encode(backbone, draw_scenes(shown, size, size).permute(0, 3, 1, 2)), **condition}
-
-
-def call_of(backbone: str, transformer: Any, size: int) -> dict[str, Any]:
-    """Keyword arguments of a transformer's call halfway to noise, on a scene of this size, for timing and comparing."""
-    batch = _batch(backbone, scenes(1), size)
-    latent = batch.pop("latent").to(transformer.device, transformer.dtype)
-    return call_arguments(backbone, latent, torch.tensor([500], device=latent.device), batch, latent.device)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Puts a trained teacher, its decoder or a student among the shipped files: `python -m edit_core.world.ship` (ours)."""
+"""Puts a trained teacher, its decoder or a student among the shipped files: `tools/world ship` (ours)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ..weights import EDiTWeights
-from . import judge
-from .codec import CHANNELS
-from .files import save_teacher, save_vae, shipped
-from .reader import right
+from edit_core.weights import EDiTWeights
+from edit_core.world.codec import CHANNELS
+from edit_core.world.draw import held_out, pictures
+from edit_core.world.files import save_teacher, save_vae, shipped
+from edit_core.world.reader import right
+from edit_core.world.vae import Decoder, tiny
+
 from .train import load_run
-from .vae import Decoder, tiny
 
 __all__ = ["main"]
 
@@ -25,7 +26,7 @@ SIZE = 256
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m edit_core.world.ship",
+        prog="tools/world ship",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -39,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if options.run:
         about, transformer = load_run(options.run)
-        asked = judge.scenes(options.pictures)
-        drawn = judge.pictures(backbone, transformer, asked, SIZE)
+        asked = held_out(options.pictures)
+        drawn = pictures(backbone, transformer, asked, SIZE)
         found = right(drawn.numpy(), asked)
         training = {"steps": about["steps"], "samples": about["samples"], f"accuracy at {SIZE}": found}
         path = _place("diffusion_models", backbone)
@@ -64,7 +65,3 @@ def _place(kind: str, backbone: str) -> Path:
     path = shipped(kind, backbone)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-if __name__ == "__main__":
-    main()

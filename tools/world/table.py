@@ -1,4 +1,4 @@
-"""The small world's table: trains students by every method and judges them, `python -m edit_core.world.table` (ours).
+"""The small world's table: trains students by every method and judges them, `tools/world table` (ours).
 
 A row is a backbone, a method and a seed. Rows that the results have already are left alone, so that methods and seeds
 can be added later; a training that was stopped goes on where it was. `teacher` is judged first, for each backbone.
@@ -16,17 +16,19 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from .. import EDiTWeights, apply_edit
-from ..distill.config import RunConfig, load_config
-from ..distill.engine import Engine
-from ..distill.sampling import grid, png
-from ..distill.teacher import load_teacher
-from ..files import write_file
-from ..hosts.diffusers import EDiTHandle
+from edit_core import EDiTWeights, apply_edit
+from edit_core.distill.config import RunConfig, load_config
+from edit_core.distill.engine import Engine
+from edit_core.distill.sampling import grid, png
+from edit_core.distill.teacher import load_teacher
+from edit_core.files import write_file
+from edit_core.hosts.diffusers import EDiTHandle
+from edit_core.world.codec import CHANNELS
+from edit_core.world.data import main as make_cache
+from edit_core.world.draw import held_out, pictures, real
+from edit_core.world.files import export_pipeline
+
 from . import classifier, judge
-from .codec import CHANNELS
-from .data import main as make_cache
-from .files import export_pipeline
 
 __all__ = ["METHODS", "TEACHER", "main", "missing"]
 
@@ -113,7 +115,7 @@ def train(backbone: str, method: str, seed: int, folder: Path) -> Path:
 def judged(backbone: str, method: str, seed: int, folder: Path, count: int) -> dict[str, Any]:
     """A row of the results; its first pictures are written beside the student."""
     transformer = load_teacher(folder / "teacher", torch.float32, torch.device("cpu"))
-    eyes, asked = classifier.load(), judge.scenes(count)
+    eyes, asked = classifier.load(), held_out(count)
     row: dict[str, Any] = {"backbone": backbone, "method": method, "seed": seed, "pictures": count}
     row["base"] = sum(p.numel() for p in transformer.parameters())
     output = folder / f"{method}-{seed}"
@@ -122,7 +124,7 @@ def judged(backbone: str, method: str, seed: int, folder: Path, count: int) -> d
     handle = apply_edit(transformer, weights) if weights else None
     for size in SIZES:
         shown = asked if size == SIZES[0] else asked[: count // 4]  # the larger ones take several times as long
-        drawn = judge.pictures(backbone, transformer, shown, size)
+        drawn = pictures(backbone, transformer, shown, size)
         row[str(size)] = judge.worth(drawn, shown, backbone, eyes)
         write_file(output / f"{size}.png", png(grid([drawn[:SHOWN]])))
         if handle:
@@ -151,7 +153,7 @@ def timed(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def sheet(backbone: str, folder: Path) -> Image.Image:
     """What the captions ask for, and what the teacher and every method draw from the same noise, a line each."""
-    drawn = {"as asked": grid([judge.real(backbone, judge.scenes(SHOWN), SIZES[0])])}
+    drawn = {"as asked": grid([real(backbone, held_out(SHOWN), SIZES[0])])}
     for method in (TEACHER, *METHODS):
         file = folder / f"{method}-0" / f"{SIZES[0]}.png"
         if file.exists():
@@ -166,7 +168,7 @@ def sheet(backbone: str, folder: Path) -> Image.Image:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m edit_core.world.table",
+        prog="tools/world table",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -219,7 +221,3 @@ def _write(results: Path, row: dict[str, Any]) -> None:
 
 def _rows(results: Path) -> list[dict[str, Any]]:
     return json.loads(results.read_text("utf-8")) if results.exists() else []
-
-
-if __name__ == "__main__":
-    main()

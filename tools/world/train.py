@@ -1,4 +1,4 @@
-"""Trains a small teacher on endless fresh scenes: `python -m edit_core.world.train --backbone … --output …` (ours).
+"""Trains a small teacher on endless fresh scenes: `tools/world train --backbone … --output …` (ours).
 
 A run is its folder: `state.safetensors` (weights, their average, the optimiser; written whole or not at all),
 `log.jsonl` and pictures. A stopped run goes on with `--resume`: every sample follows from its number.
@@ -21,17 +21,18 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..distill.objective import call_arguments, noise_batch, prediction, task_target
-from ..distill.sampling import grid
-from ..errors import EDiTError
-from ..files import write_file
-from .codec import draw_scenes, encode
-from .draw import draw
+from edit_core.distill.objective import call_arguments, noise_batch, prediction, task_target
+from edit_core.distill.sampling import grid
+from edit_core.errors import EDiTError
+from edit_core.files import write_file
+from edit_core.world.codec import draw_scenes, encode
+from edit_core.world.draw import draw
+from edit_core.world.reader import right
+from edit_core.world.scenes import HELD_OUT, Scene
+from edit_core.world.teachers import build
+from edit_core.world.text import WorldText
+
 from .optim import Optimiser
-from .reader import right
-from .scenes import HELD_OUT, Scene
-from .teachers import build
-from .text import WorldText
 
 __all__ = ["Stage", "Trainer", "load_run", "main"]
 
@@ -235,7 +236,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m edit_core.world.train",
+        prog="tools/world train",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -258,7 +259,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif (options.output / STATE).exists():
         parser.error(f"{options.output} holds a run already: --resume it, or choose another folder")
     trainer.run(options.minutes)
-
-
-if __name__ == "__main__":
-    main()
