@@ -11,10 +11,13 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from .. import __version__
 from ..backbones import Base
@@ -27,6 +30,11 @@ from ..layers import format_layers
 from ..runtime import DTYPES
 from ..weights import EDiTWeights, fingerprint
 from .common import Result, add_device_arguments, device_of, read_prompts
+
+if TYPE_CHECKING:
+    from ..distill.dataset import CachedLatents
+    from ..distill.encoders import PipelineEncoder
+    from ..distill.picture_features import ClipFeatures, InceptionFeatures
 
 FORMAT_VERSION = 1
 PROMPTS = (
@@ -70,13 +78,10 @@ def run(options: Any) -> Result:
     output, prompts = Path(options.output), PROMPTS if options.prompts is None else read_prompts(options.prompts)
     _check(options, output)
     try:
-        from ..distill.dataset import CachedLatents
         from ..distill.encoders import PipelineEncoder
         from ..distill.eval_page import page, table
         from ..distill.evaluate import Evaluation, Settings, cached_batches
-        from ..distill.picture_features import ClipFeatures, InceptionFeatures
         from ..distill.sampling import Sampler
-        from ..distill.sources import FolderSource
         from ..distill.teacher import load_teacher
     except ImportError as error:
         raise EDiTError(f"eval needs {error.name}: install edit-attention[distill]") from None
@@ -89,21 +94,10 @@ def run(options: Any) -> Result:
     weights, file = EDiTWeights.load(options.weights), BaseFile(model)
     base = file.identify()
     blocks = weights.choose(options.layers, base)
-    clip = ClipFeatures(Path(options.clip), device) if options.clip else None
-    inception = InceptionFeatures(Path(options.inception), device) if options.inception else None
-    real = FolderSource(options.images).files if options.images else []
-    cached = []
-    if options.cache:
-        data = CachedLatents(options.cache, options.resolution or options.size)
-        if data.backbone != base.backbone.name:
-            raise EDiTError(f"{options.cache} was made for {data.backbone}, but the teacher is {base.backbone.name}")
-        cached = cached_batches(data, settings.samples, settings.batch)
+    beside = _Beside.of(options, base, device)
+    cached = cached_batches(beside.cache, settings.samples, settings.batch) if beside.cache else []
     encoder = PipelineEncoder(model, device, dtype)
-    conditions = []
-    for start in range(0, len(prompts), settings.batch):
-        encoded = encoder.encode_prompts(prompts[start : start + settings.batch])
-        parts = {name: value.split(1) for name, value in encoded.items()}
-        conditions += [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+    conditions = _conditions(encoder, prompts, settings.batch)
     negative, encoders = encoder.encode_prompts([""]), encoder.fingerprint
     del encoder  # T5 alone is larger than the transformer
     transformer = load_teacher(model, dtype, device)
@@ -115,44 +109,21 @@ def run(options: Any) -> Result:
         raise EDiTError(f"{output}: this folder cannot be made ({error.strerror})") from None
     with apply_edit(transformer, weights, options.layers) as handle:
         evaluation = Evaluation(
-            sampler, handle, weights.backbone, settings, output, clip, inception, real, cached
-        )  # fmt: skip
+            sampler, handle, weights.backbone, settings, output, beside.clip, beside.inception, beside.real, cached
+        )
         found = evaluation.run(conditions, negative)
     if warning := weights.warning(base, file.tensor):
         found["notes"].append(warning)
+    architecture = {"class": type(transformer).__name__, **_base(base, file)}
+    chosen = {"layers": options.layers, "dtype": options.dtype, "device": options.device}
     report = {
         "format": "edit-eval",
         "format_version": FORMAT_VERSION,
-        "model": {
-            "class": type(transformer).__name__,
-            **_base(base, file),
-            "encoders": encoders,
-            "scheduler": _scheduler(sampler.scheduler),
-        },
-        "weights": {
-            "sha256": _digest([Path(options.weights)]),
-            "blocks": format_layers(blocks),
-            "config": json.loads(weights.config.to_json()),
-            "base_hash": weights.base_hash,
-            "training": weights.training,
-        },
-        "settings": {
-            **asdict(settings),
-            "layers": options.layers,
-            "dtype": options.dtype,
-            "device": options.device,
-            "resolution": data.resolution if options.cache else None,
-        },
-        "data": {
-            "cache": CachedLatents.describe(options.cache) if options.cache else None,
-            "images": {"count": len(real), "sha256": _digest(real)} if real else None,
-            "clip": {"dim": clip.dim, "sha256": _digest(clip.files)} if clip else None,
-            "inception": {"sha256": _digest(inception.files)} if inception else None,
-        },
-        "machine": {
-            "device": device_name(device),
-            "backend": f"torch scaled_dot_product_attention on {device.type}",
-        },
+        "model": {**architecture, "encoders": encoders, "scheduler": _scheduler(sampler.scheduler)},
+        "weights": _weights(weights, Path(options.weights), blocks),
+        "settings": {**asdict(settings), **chosen, "resolution": beside.cache.resolution if beside.cache else None},
+        "data": beside.described(),
+        "machine": _machine(device),
         "versions": _versions(),
         **found,
     }
@@ -160,6 +131,52 @@ def run(options: Any) -> Result:
     # The last of all: where there is an eval.json, everything is there.
     write_file(output / "eval.json", json.dumps(report, indent=1, allow_nan=False).encode())
     return Result(f"{table(report)}\n\n{output / 'index.html'}", report)
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What there is to compare with beside the teacher's own pictures."""
+
+    clip: ClipFeatures | None
+    inception: InceptionFeatures | None
+    real: Sequence[Path]
+    cache: CachedLatents | None
+    place: str | None
+    """Of the cache."""
+
+    @classmethod
+    def of(cls, options: Any, base: Base, device: torch.device) -> _Beside:
+        from ..distill.dataset import CachedLatents
+        from ..distill.picture_features import ClipFeatures, InceptionFeatures
+        from ..distill.sources import FolderSource
+
+        clip = ClipFeatures(Path(options.clip), device) if options.clip else None
+        inception = InceptionFeatures(Path(options.inception), device) if options.inception else None
+        real = FolderSource(options.images).files if options.images else []
+        if not options.cache:
+            return cls(clip, inception, real, None, None)
+        cache = CachedLatents(options.cache, options.resolution or options.size)
+        if cache.backbone != base.backbone.name:
+            raise EDiTError(f"{options.cache} was made for {cache.backbone}, but the teacher is {base.backbone.name}")
+        return cls(clip, inception, real, cache, options.cache)
+
+    def described(self) -> dict[str, Any]:
+        return {
+            "cache": self.cache.describe(self.place) if self.cache and self.place else None,
+            "images": {"count": len(self.real), "sha256": _digest(self.real)} if self.real else None,
+            "clip": {"dim": self.clip.dim, "sha256": _digest(self.clip.files)} if self.clip else None,
+            "inception": {"sha256": _digest(self.inception.files)} if self.inception else None,
+        }
+
+
+def _conditions(encoder: PipelineEncoder, prompts: Sequence[str], batch: int) -> list[dict[str, Tensor]]:
+    """Every prompt's tensors, `(1, …)` each."""
+    conditions = []
+    for start in range(0, len(prompts), batch):
+        encoded = encoder.encode_prompts(prompts[start : start + batch])
+        parts = {name: value.split(1) for name, value in encoded.items()}
+        conditions += [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+    return conditions
 
 
 def _check(options: Any, output: Path) -> None:
@@ -187,6 +204,20 @@ def _check_size(transformer: Any, size: int) -> None:
 def _base(base: Base, file: BaseFile) -> dict[str, Any]:
     name = base.backbone.name
     return {"backbone": name, "blocks": base.depth, "dim": base.dim, "base_hash": fingerprint(base, file.tensor)}
+
+
+def _weights(weights: EDiTWeights, path: Path, blocks: Iterable[int]) -> dict[str, Any]:
+    return {
+        "sha256": _digest([path]),
+        "blocks": format_layers(blocks),
+        "config": json.loads(weights.config.to_json()),
+        "base_hash": weights.base_hash,
+        "training": weights.training,
+    }
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    return {"device": device_name(device), "backend": f"torch scaled_dot_product_attention on {device.type}"}
 
 
 def _scheduler(scheduler: Any) -> dict[str, Any]:

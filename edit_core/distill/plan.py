@@ -174,56 +174,22 @@ def make_plan(
     """
     if repeats < 1 or not batches:
         raise EDiTError("a plan needs at least one repeat and one batch of pictures")
-    if budget is not None and not budget >= 0:
-        raise EDiTError(f"a budget of {budget:g} cannot be: an error is at least 0")
-    if speed is not None and not speed > 1:
-        raise EDiTError(f"a speed of {speed:g}× needs no plan: the teacher's own is 1×")
-    if speed is not None:
-        budget, goal = None, f"speed {speed:g}×"
-    elif budget is not None:
-        goal = f"budget {budget:g}"
-    else:
-        budget, goal = DEFAULT_BUDGET, f"budget {DEFAULT_BUDGET:g} (the default)"
+    goal = _goal(budget, speed, size)
     times = measure_times(transformer, weights, size, repeats)
     sets = _Sets(transformer, weights, batches, seed, shift)
-    attentions = sets.distance(weights.sites).attentions
-    costs = []
-    for block in progress(weights.sites, len(weights.sites), "blocks"):
-        sites = [error for key, error in attentions.items() if int(key.split(".")[0]) == block]
-        error = sets.error([block])
-        costs.append(BlockCost(block, error, statistics.mean(sites), times.dense[block], times.linear[block]))
-
-    def predicted(blocks: Iterable[int]) -> float:
-        linear = [cost for cost in costs if cost.block in blocks]
-        left = times.teacher - sum(cost.saving for cost in linear)
-        return times.teacher / max(left, sum(cost.linear for cost in linear))  # however unsteady the clock
-
-    def choice(blocks: Sequence[int]) -> Choice:
-        return Choice(format_layers(blocks), sets.error(blocks), predicted(blocks))
-
-    order = _order(costs, budget)
-    prefixes = [order[: count + 1] for count in range(len(order))]
-    curve = [choice(blocks) for blocks in progress(prefixes, len(prefixes), "sets of blocks")]
-    if budget is not None:
-        chosen = next((point for point in reversed(curve) if point.error <= budget), choice([]))
-    else:
-        reaching = [blocks for blocks in prefixes if predicted(blocks) >= (speed or 0)]
-        if not reaching:
-            raise EDiTError(
-                f"a speed of {speed:g}× cannot be reached at {size}² pixels here: blocks {format_layers(order)}, all "
-                f"that are faster when linear, make it {predicted(order):.2f}×"
-            )
-        reaching.append(_without_spare(reaching[0], costs, lambda blocks: predicted(blocks) >= (speed or 0)))
-        chosen = min(map(choice, reaching), key=lambda point: point.error)
+    trade = _Trade(sets, times)
+    prefixes = trade.prefixes(goal)
+    curve = [trade.choice(blocks) for blocks in progress(prefixes, len(prefixes), "sets of blocks")]
+    chosen = goal.choose(trade, prefixes)
     return Plan(
         backbone=weights.backbone,
         size=size,
         dtype=str(transformer.dtype).removeprefix("torch."),
         device=device_name(transformer.device),
         pictures=sum(len(batch["latent"]) for batch in batches),
-        goal=goal,
+        goal=str(goal),
         times=times,
-        blocks=costs,
+        blocks=trade.costs,
         curve=curve,
         chosen=chosen,
         measured_speed=step_speed(transformer, sets.weights, size, repeats, chosen.layers),
@@ -269,23 +235,107 @@ class _Sets:
         return found
 
 
-def _order(costs: Sequence[BlockCost], budget: float | None) -> list[int]:
-    """Those that save time, by error per second saved; last those that break the budget alone."""
-    faster = [cost for cost in costs if cost.saving > 0]
-    faster.sort(key=lambda cost: (budget is not None and cost.error > budget, cost.error / cost.saving))
-    return [cost.block for cost in faster]
+class _Trade:
+    """What sets of blocks cost in error and save in time.
+
+    Args:
+        sets: measures their errors; every block is measured by itself at once.
+        times: of the blocks and of whole calls.
+    """
+
+    def __init__(self, sets: _Sets, times: Times) -> None:
+        self.sets, self.teacher = sets, times.teacher
+        attentions = sets.distance(sets.weights.sites).attentions
+        self.costs: list[BlockCost] = []
+        for block in progress(sets.weights.sites, len(sets.weights.sites), "blocks"):
+            sites = [error for key, error in attentions.items() if int(key.split(".")[0]) == block]
+            found = sets.error([block]), statistics.mean(sites), times.dense[block], times.linear[block]
+            self.costs.append(BlockCost(block, *found))
+
+    def speed(self, blocks: Iterable[int]) -> float:
+        """How many times as fast as the teacher these blocks make it, by their times."""
+        linear = [cost for cost in self.costs if cost.block in blocks]
+        left = self.teacher - sum(cost.saving for cost in linear)
+        return self.teacher / max(left, sum(cost.linear for cost in linear))  # however unsteady the clock
+
+    def choice(self, blocks: Sequence[int]) -> Choice:
+        return Choice(format_layers(blocks), self.sets.error(blocks), self.speed(blocks))
+
+    def prefixes(self, goal: _Within | _Reaching) -> list[list[int]]:
+        """One more block each: those that save time, by error per second saved, and last those that alone are too much
+        for the goal."""
+        faster = [cost for cost in self.costs if cost.saving > 0]
+        faster.sort(key=lambda cost: (not goal.allows(cost.error), cost.error / cost.saving))
+        order = [cost.block for cost in faster]
+        return [order[: count + 1] for count in range(len(order))]
 
 
-def _without_spare(
-    blocks: Sequence[int], costs: Sequence[BlockCost], enough: Callable[[Sequence[int]], bool]
-) -> list[int]:
-    """What is left when blocks that are not needed are made dense again, those of largest error first."""
-    kept = list(blocks)
-    for cost in sorted(costs, key=lambda cost: -cost.error):
-        rest = [block for block in kept if block != cost.block]
-        if enough(rest):
-            kept = rest
-    return kept
+@dataclass(frozen=True)
+class _Within:
+    """The most blocks that stay within an error."""
+
+    budget: float
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"budget {self.budget:g}{self.note}"
+
+    def allows(self, error: float) -> bool:
+        return error <= self.budget
+
+    def choose(self, trade: _Trade, prefixes: Sequence[Sequence[int]]) -> Choice:
+        points = map(trade.choice, reversed(prefixes))
+        return next((point for point in points if self.allows(point.error)), trade.choice([]))
+
+
+@dataclass(frozen=True)
+class _Reaching:
+    """The least error that reaches a speed."""
+
+    speed: float
+    size: int
+
+    def __str__(self) -> str:
+        return f"speed {self.speed:g}×"
+
+    def allows(self, error: float) -> bool:
+        return True
+
+    def choose(self, trade: _Trade, prefixes: Sequence[Sequence[int]]) -> Choice:
+        """Among the sets that reach it, and the first of them without what it can spare.
+
+        Raises:
+            EDiTError: none does.
+        """
+        fast = [blocks for blocks in prefixes if trade.speed(blocks) >= self.speed]
+        if not fast:
+            every = prefixes[-1] if prefixes else []
+            raise EDiTError(
+                f"a speed of {self.speed:g}× cannot be reached at {self.size}² pixels here: blocks "
+                f"{format_layers(every)}, all that are faster when linear, make it {trade.speed(every):.2f}×"
+            )
+        sets = [*fast, self._without_spare(fast[0], trade)]
+        return min(map(trade.choice, sets), key=lambda point: point.error)
+
+    def _without_spare(self, blocks: Sequence[int], trade: _Trade) -> list[int]:
+        """What is left when blocks that are not needed are made dense again, those of largest error first."""
+        kept = list(blocks)
+        for cost in sorted(trade.costs, key=lambda cost: -cost.error):
+            rest = [block for block in kept if block != cost.block]
+            if trade.speed(rest) >= self.speed:
+                kept = rest
+        return kept
+
+
+def _goal(budget: float | None, speed: float | None, size: int) -> _Within | _Reaching:
+    """Checks the two numbers; a budget does not count beside a speed."""
+    if budget is not None and not budget >= 0:
+        raise EDiTError(f"a budget of {budget:g} cannot be: an error is at least 0")
+    if speed is not None:
+        if not speed > 1:
+            raise EDiTError(f"a speed of {speed:g}× needs no plan: the teacher's own is 1×")
+        return _Reaching(speed, size)
+    return _Within(budget) if budget is not None else _Within(DEFAULT_BUDGET, " (the default)")
 
 
 @torch.inference_mode()
