@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..config import DEFAULT, EDiTConfig
 from ..errors import EDiTConfigError, said, shown
+from ..objective import Weighting
 from ..weights.differences import Trainable, check_trainable
-from .objective import Weighting
 
 __all__ = ["BASE_LR", "DistillStage", "OptimizerKind", "RunConfig", "Stage", "TransferStage", "Watching", "load_config"]
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__
+from ..backbones import backbone_named
 from ..errors import EDiTError, said
 from ..hosts.diffusers import EDiTHandle, apply_edit
 from ..runtime import DTYPES
@@ -33,7 +34,6 @@ from .config import DistillStage, RunConfig, Stage, TransferStage
 from .dataset import BatchPlan, CachedLatents
 from .journal import Journal
 from .losses import FeatureTap, TransferTap, weighted_mse
-from .objective import call_arguments, noise_batch, prediction, task_target
 from .optimizer import make_optimizer, rate
 from .parallel import Processes
 from .teacher import load_teacher
@@ -93,7 +93,9 @@ class Engine:
         self.optimizer = self._optimizer(config.stages[0])
         self.empty_prompt = CachedLatents.empty_prompt(config.cache)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
-        self.watcher = Watcher(config, self.transformer, self.handle, self.weights.backbone, self.empty_prompt)
+        self.watcher = Watcher(
+            config, self.transformer, self.handle, backbone_named(self.weights.backbone), self.empty_prompt
+        )
 
     # --- the loop ---
 
@@ -186,14 +188,15 @@ class Engine:
         return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
 
     def _micro_step(self, stage: Stage, batch: dict[str, Tensor], first: int) -> dict[str, Tensor]:
-        backbone = self.weights.backbone
+        backbone = backbone_named(self.weights.backbone)
+        objective = backbone.objective
         latent = batch["latent"].to(self.device, DTYPES[self.config.precision])  # (B, c, h, w)
         generators = [self._generator("noise", self.step, first + i) for i in range(len(latent))]
         condition = self._with_dropout(stage, batch, generators)
-        noised = noise_batch(backbone, latent, generators, stage.weighting, stage.shift)
+        noised = objective.noise_batch(latent, generators, stage.weighting, stage.shift)
         share = 1 / stage.accumulation
         if isinstance(stage, TransferStage):
-            arguments = call_arguments(backbone, noised.latent, noised.timestep, condition, self.device)
+            arguments = backbone.call_arguments(noised.latent, noised.timestep, condition, self.device)
             tap = TransferTap(lambda loss: self.scaler.scale(loss * share).backward())
             self._call(arguments, tap, grad=False)
             return {"loss": torch.stack(list(tap.losses.values())).mean()}
@@ -204,15 +207,13 @@ class Engine:
             scale = (low + (high - low) * draws).to(self.device).view(-1, 1, 1, 1)
             condition = {k: torch.cat([v, self.empty_prompt[k].expand_as(v)]) for k, v in condition.items()}
             seen, time_ = torch.cat([seen, seen]), torch.cat([time_, time_])  # (2B, c, h, w), (2B,)
-        arguments = call_arguments(backbone, seen, time_, condition, self.device)
+        arguments = backbone.call_arguments(seen, time_, condition, self.device)
         features = FeatureTap()
-        teacher = prediction(backbone, self._call(arguments, features.teacher, grad=False)).float()
+        teacher = objective.prediction(self._call(arguments, features.teacher, grad=False)).float()
         with self._checkpointing(stage):
-            student = prediction(backbone, self._call(arguments, features.student, grad=True)).float()
+            student = objective.prediction(self._call(arguments, features.student, grad=True)).float()
             losses = {
-                "task": weighted_mse(
-                    student[: len(latent)], task_target(backbone, latent, noised).float(), noised.weight
-                ),
+                "task": weighted_mse(student[: len(latent)], objective.target(latent, noised).float(), noised.weight),
                 "prediction": weighted_mse(student, teacher, noised.weight, scale),
                 "feature": features.total(),
             }
@@ -244,7 +245,7 @@ class Engine:
         self, stage: Stage, batch: dict[str, Tensor], generators: list[torch.Generator]
     ) -> dict[str, Tensor]:
         """The batch's conditions, some captions replaced by the empty one."""
-        names = [name for name in batch if name in ("prompt_embeds", "prompt_mask", "pooled")]
+        names = [name for name in batch if name != "latent"]
         drop = [float(torch.rand(1, generator=g)) < stage.caption_dropout for g in generators]
         if not any(drop):
             return {name: batch[name] for name in names}

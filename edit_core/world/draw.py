@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distill.encoders import CELL
-from ..distill.objective import call_arguments, prediction
+from ..backbones import CELL, backbone_named
 from ..runtime import progress
 from .codec import CHANNELS, decode
 from .teachers import scheduler
@@ -46,6 +45,7 @@ def draw(
     Returns:
         `(B, height, width, 3)` uint8 on the CPU.
     """
+    known = backbone_named(backbone)
     text, device, dtype = WorldText(), transformer.device, transformer.dtype
     shape = (CHANNELS[backbone], height // CELL, width // CELL)
     pictures = []
@@ -61,8 +61,8 @@ def draw(
         plan.set_timesteps(steps, device=device)
         for time in plan.timesteps:
             latents = torch.cat([latent] * (1 + guided)).to(dtype)
-            output = transformer(**call_arguments(backbone, latents, time.expand(len(latents)), condition, device))[0]
-            output = prediction(backbone, output).float()
+            output = transformer(**known.call_arguments(latents, time.expand(len(latents)), condition, device))[0]
+            output = known.objective.prediction(output).float()
             if guided:
                 with_text, without = output.chunk(2)
                 output = without + guidance * (with_text - without)

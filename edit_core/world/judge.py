@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..backbones import backbone_named
 from ..distill.distance import teacher_distance
 from ..distill.losses import dense_tap
-from ..distill.objective import call_arguments
 from ..distill.picture_metrics import fid
 from ..distill.plan import call_times
 from ..hosts.diffusers import EDiTHandle
@@ -75,7 +75,7 @@ def distance(backbone: str, transformer: Any, handle: EDiTHandle, size: int, cou
     """A student's error relative to its teacher on noised held-out scenes: `prediction`, and the mean `attention`."""
     shown = scenes(count)
     batches = [_batch(backbone, shown[start : start + 16], size) for start in range(0, count, 16)]
-    found = teacher_distance(transformer, handle, backbone, batches)
+    found = teacher_distance(transformer, handle, backbone_named(backbone), batches)
     return {"prediction": found.prediction, "attention": found.mean_attention}
 
 
@@ -89,7 +89,9 @@ def call_of(backbone: str, transformer: Any, size: int) -> dict[str, Any]:
     """Keyword arguments of a transformer's call halfway to noise, on a scene of this size, for timing and comparing."""
     batch = _batch(backbone, scenes(1), size)
     latent = batch.pop("latent").to(transformer.device, transformer.dtype)
-    return call_arguments(backbone, latent, torch.tensor([500], device=latent.device), batch, latent.device)
+    return backbone_named(backbone).call_arguments(
+        latent, torch.tensor([500], device=latent.device), batch, latent.device
+    )
 
 
 @torch.no_grad()
