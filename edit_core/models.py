@@ -7,29 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbones import BACKBONES
+from .backbones import CELL, Backbone
 from .errors import EDiTModelError
 
-__all__ = ["PROMPT_TOKENS", "empty_transformer", "random_inputs", "random_transformer"]
-
-PROMPT_TOKENS = {"pixart_sigma": 300, "sd35_medium": 77 + 256}
-"""Text tokens of a real prompt: T5's 300; CLIP's 77 and T5's 256."""
+__all__ = ["empty_transformer", "random_inputs", "random_transformer"]
 
 
 def random_transformer(
-    backbone: str,
+    backbone: Backbone,
     blocks: int | None = None,
     dtype: torch.dtype = torch.float32,
     side: int = 1024,
     seed: int = 0,
 ) -> Any:
-    """PixArt-Σ XL/2 or SD3.5-Medium as diffusers builds them, with random weights.
+    """A backbone's published model as diffusers builds it, with random weights.
 
     Args:
-        backbone: `pixart_sigma` or `sd35_medium`.
-        blocks: fewer blocks than the real model's 28 or 24.
+        backbone: which.
+        blocks: fewer blocks than the real model's.
         dtype: of weights and computation.
-        side: pixels per side of the largest picture to draw; SD3.5's table of positions is made no larger.
+        side: pixels per side of the largest picture to draw; a table of positions is made no larger.
         seed: seeds the weights.
 
     Raises:
@@ -43,42 +40,24 @@ def random_transformer(
     return model.eval().requires_grad_(False)
 
 
-def empty_transformer(backbone: str, blocks: int | None = None, side: int = 1024) -> Any:
+def empty_transformer(backbone: Backbone, blocks: int | None = None, side: int = 1024) -> Any:
     """:func:`random_transformer` without its weights, which are on the `meta` device; buffers are there.
 
     Raises:
         EDiTModelError: as there.
     """
     try:
+        import diffusers
         from accelerate import init_empty_weights
-        from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
     except ImportError:
         raise EDiTModelError("this needs diffusers and accelerate: install edit-attention[diffusers]") from None
-    depth = {"pixart_sigma": 28, "sd35_medium": 24}[backbone]
+    depth = backbone.real.blocks
     blocks = depth if blocks is None else blocks
     if not 1 <= blocks <= depth:
-        raise EDiTModelError(f"{BACKBONES[backbone].title} has 1 to {depth} blocks, not {blocks}")
+        raise EDiTModelError(f"{backbone.title} has 1 to {depth} blocks, not {blocks}")
+    model_class = getattr(diffusers, backbone.transformer)
     with init_empty_weights(include_buffers=False):  # initialising billions of weights would take minutes
-        if backbone == "pixart_sigma":
-            model: Any = PixArtTransformer2DModel(
-                num_layers=blocks,
-                sample_size=128,
-                interpolation_scale=2,
-                caption_channels=4096,
-                use_additional_conditions=False,
-            )
-        else:
-            model = SD3Transformer2DModel(
-                num_layers=blocks,
-                num_attention_heads=24,
-                caption_projection_dim=1536,
-                sample_size=128,
-                pos_embed_max_size=side // 16,
-                # as many of the blocks have attn2 as in the real model, 13 of 24
-                dual_attention_layers=tuple(range(round(blocks * 13 / 24))),
-                qk_norm="rms_norm",
-            )
-    return model
+        return model_class(**backbone.model_options(blocks, side))
 
 
 def _random(name: str, like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -90,37 +69,27 @@ def _random(name: str, like: Tensor, dtype: torch.dtype, generator: torch.Genera
     return tensor.uniform_(-bound, bound, generator=generator)
 
 
-def random_inputs(transformer: nn.Module, backbone: str, side: int, batch: int, seed: int = 0) -> dict[str, Any]:
+def random_inputs(transformer: nn.Module, backbone: Backbone, side: int, batch: int, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments for one call of the transformer on a square picture.
 
     Args:
-        transformer: from :func:`random_transformer`.
-        backbone: as above.
+        transformer: from :func:`random_transformer`, or any other of the backbone in diffusers.
+        backbone: which it is of.
         side: pixels per side.
         batch: pictures per call (2 for classifier-free guidance).
         seed: seeds the inputs.
 
     Raises:
-        EDiTModelError: the side is not a multiple of 16 pixels.
+        EDiTModelError: the transformer cannot draw this size.
     """
-    if side < 16 or side % 16:
-        raise EDiTModelError(f"{side} pixels cannot be drawn: sides must be multiples of 16")
+    backbone.check_size(side, side, transformer)
     model: Any = transformer
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=generator).to(model.device, model.dtype)
 
-    inputs: dict[str, Any] = {
-        "hidden_states": normal(model.config.in_channels, side // 8, side // 8),
-        "timestep": torch.full((batch,), 500, device=model.device),
-        "return_dict": False,
-    }
-    prompt = PROMPT_TOKENS[backbone]
-    if backbone == "pixart_sigma":
-        inputs["encoder_hidden_states"] = normal(prompt, model.config.caption_channels)
-        inputs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-    else:
-        inputs["encoder_hidden_states"] = normal(prompt, model.config.joint_attention_dim)
-        inputs["pooled_projections"] = normal(model.config.pooled_projection_dim)
-    return inputs
+    latent = normal(model.config.in_channels, side // CELL, side // CELL)
+    condition = backbone.random_condition(lambda each: model.config[each.width], normal)
+    timestep = torch.full((batch,), 500, device=model.device)
+    return backbone.call_arguments(latent, timestep, condition, model.device)

@@ -13,8 +13,8 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..edit_core import EDiTError
+from ..edit_core.backbones import CELL, Backbone, Condition
 from ..edit_core.errors import quoted
-from ..edit_core.models import PROMPT_TOKENS
 from ..edit_core.runtime import timed
 from . import charts
 from .apply import CATEGORY
@@ -68,11 +68,11 @@ class EDiTBenchmark(io.ComfyNode):
         models, sides = (model_a, model_b), parse_sizes(sizes)
         bases = [identify_model(model) for model in models]
         for base, side in ((base, side) for base in bases for side in sides):
-            base.backbone.comfy_grid(side // 8, side // 8)  # says which size it cannot draw, before any is timed
+            base.backbone.comfy_grid(side // CELL, side // CELL)  # says which size it cannot draw, before any is timed
         bar = comfy.utils.ProgressBar(len(sides) * (repeats + 1) * 2)
         times: dict[int, tuple[list[float], list[float]]] = {}
         for side in sides:
-            inputs = [random_inputs(model, base.backbone.name, side) for model, base in zip(models, bases, strict=True)]
+            inputs = [random_inputs(model, base.backbone, side) for model, base in zip(models, bases, strict=True)]
             times[side] = ([], [])
             for turn in range(repeats + 1):
                 for model, (conditioning, latent), seconds in zip(models, inputs, times[side], strict=True):
@@ -114,23 +114,22 @@ def parse_sizes(text: str) -> list[int]:
     return sorted(sides)
 
 
-def random_inputs(model: Any, backbone: str, side: int) -> tuple[Any, Tensor]:
+def random_inputs(model: Any, backbone: Backbone, side: int) -> tuple[Any, Tensor]:
     """A conditioning of noise as wide as the model takes it, and an empty latent for a square picture."""
     generator = torch.Generator().manual_seed(0)
 
-    def noise(layer: str, *shape: int) -> Tensor:
+    def width_of(condition: Condition) -> int:
         # As wide as the layer takes it: the state of a GGUF base has the sizes of packed bytes.
-        width = model.get_model_object(f"diffusion_model.{layer}").in_features
-        return torch.randn(*shape, width, generator=generator)
+        return int(model.get_model_object(f"diffusion_model.{condition.comfy}").in_features)
 
-    text, pooled = {
-        "pixart_sigma": ("y_embedder.y_proj.fc1", None),
-        "sd35_medium": ("context_embedder", "y_embedder.mlp.0"),
-    }[backbone]
-    extra = {} if pooled is None else {"pooled_output": noise(pooled, 1)}
-    prompt = noise(text, 1, PROMPT_TOKENS[backbone])  # (1, T, width)
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=generator)
+
+    noise = backbone.random_condition(width_of, normal)
+    prompt = noise.pop("prompt_embeds")  # (1, T, width)
+    extra = {f"{name}_output": tensor for name, tensor in noise.items()}  # such as pooled_output
     channels = model.get_model_object("latent_format").latent_channels
-    return [[prompt, extra]], torch.zeros(1, channels, side // 8, side // 8)
+    return [[prompt, extra]], torch.zeros(1, channels, side // CELL, side // CELL)
 
 
 def _time_call(teacher: Teacher) -> float:

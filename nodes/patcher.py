@@ -274,7 +274,10 @@ def add_differences(model: Any, weights: EDiTWeights, blocks: tuple[int, ...], b
             tensors.update({f"{path}.{part}": tensor for part, tensor in parts.items()})
         module, rows = base.place(linear)
         for name, part in ((path, "weight"), (f"{path}.bias", "bias")):
-            targets[name] = (f"diffusion_model.{module}.{part}", (0, rows.start, base.dim))  # dimension, start, length
+            targets[name] = (
+                f"diffusion_model.{module}.{part}",
+                (0, rows.start, rows.stop - rows.start),
+            )  # dimension, start, length
     model.add_patches(comfy.lora.load_lora(tensors, targets, log_missing=False))
     return frozenset(differences)
 

@@ -200,15 +200,15 @@ class _Block:
         self.module = comfy.utils.get_attr(diffusion_model, base.backbone.comfy_path(number))
         linears = base.linears(number)
         self.outputs = {
-            site: [x.diffusers for x in base.backbone.linears(number, site) if x.third is None and x in linears]
+            site: [x.diffusers for x in base.backbone.linears(number, site) if x.part is None and x in linears]
             for site in base.sites[number]
         }
         """By site, the diffusers paths of its output projections: the image's, and for a joint one the prompt's."""
         self._linears: list[tuple[nn.Module, str | None, dict[int | None, nn.Module]]] = []
         for path in dict.fromkeys(linear.comfy for linear in linears):
             own = [linear for linear in linears if linear.comfy == path]
-            output = own[0].diffusers if own[0].third is None else None
-            changes = {x.third: differences[x.diffusers] for x in own if x.diffusers in differences}
+            output = own[0].diffusers if own[0].part is None else None
+            changes = {x.part: differences[x.diffusers] for x in own if x.diffusers in differences}
             self._linears.append((comfy.utils.get_attr(diffusion_model, path), output, changes))
         attentions = dict.fromkeys(linear.comfy.rpartition(".")[0] for linear in linears)
         own_linears = [layer for layer, _, _ in self._linears]

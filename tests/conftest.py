@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         named = getattr(item.module, "PIXART_SLOW", ())
         slow = given.get("check", item.name.partition("[")[0]) in named
         old = any(isinstance(value, Path) and value in older for value in given.values())
-        if old or (slow and given["backbone"] == "pixart_sigma"):
+        if old or (slow and given["backbone"] != "sd35_medium"):
             item.add_marker(pytest.mark.slow)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import models
 
 from edit_core import EDiTModelError, backbones
-from edit_core.backbones import BACKBONES, identify, identify_module
+from edit_core.backbones import BACKBONES, Base, BaseLinear, backbone_named, identify, identify_module, registry
 
 PIXART = {
     "t_block.1.bias": (6912,),
@@ -21,7 +22,8 @@ SD35 = {
     **{f"joint_blocks.{i}.x_block.attn2.proj.bias": (1536,) for i in range(13)},
     **{f"joint_blocks.{i}.context_block.attn.qkv.bias": (4608,) for i in range(24)},
 }
-SD35_WITHOUT_ATTN2 = {key: shape for key, shape in SD35.items() if "attn2" not in key}
+SD3 = {key: shape for key, shape in SD35.items() if "attn2" not in key}
+PIXART_ALPHA = {**PIXART, "csize_embedder.mlp.0.weight": (384, 256), "ar_embedder.mlp.0.weight": (384, 256)}
 
 
 def test_real_pixart_is_recognised_in_the_original_names_and_in_a_checkpoint() -> None:
@@ -38,6 +40,61 @@ def test_real_sd35_medium_is_recognised_with_its_thirteen_second_attentions() ->
     assert base.sites == (("joint", "self"),) * 13 + (("joint",),) * 11
 
 
+def test_pixart_sigma_of_any_depth_is_pixart_sigma() -> None:
+    more = {f"blocks.{i}.attn.{k}": s for i in range(42) for k, s in (("qkv.bias", (3456,)), ("proj.bias", (1152,)))}
+    base = identify({**PIXART, **more}, "it")
+    assert (base.backbone.name, base.depth) == ("pixart_sigma", 42)
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_pixart_alpha_is_told_by_its_size_conditioning_and_else_it_is_said_that_it_cannot_be(sized: bool) -> None:
+    base = identify(PIXART_ALPHA if sized else PIXART, "it")
+    assert base.backbone.name == ("pixart_alpha" if sized else "pixart_sigma")
+    assert ("a PixArt-α without size conditioning" in base.doubt) is not sized
+    assert not identify({**PIXART, "y_embedder.y_embedding": (300, 4096)}, "it").doubt
+    assert identify({**PIXART, "y_embedder.y_embedding": (120, 4096)}, "it").doubt, "ComfyUI's own, maybe"
+
+
+@pytest.mark.parametrize("norms", [True, False], ids=["sd35_large", "sd3_medium"])
+def test_stable_diffusion_3_without_attn2_is_recognised(norms: bool) -> None:
+    keys = {**SD3, **({"joint_blocks.0.x_block.attn.ln_q.weight": (64,)} if norms else {})}
+    base = identify(keys, "it")
+    assert (base.backbone.name, base.host, base.depth, set(base.sites)) == ("sd3", "comfy", 24, {("joint",)})
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_no_two_backbones_claim_the_same_tensors(backbone: str) -> None:
+    model = models.make(backbone)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert [name for name, known in BACKBONES.items() if known.match(shapes)] == [backbone]
+
+
+def test_an_unknown_name_is_one_sentence() -> None:
+    with pytest.raises(EDiTModelError, match="'flux' is no backbone that EDiT knows; known are pixart_alpha, pixart_"):
+        backbone_named("flux")
+
+
+class Grouped(type(BACKBONES["pixart_sigma"])):  # type: ignore[misc]
+    """Queries in more heads than keys and values, and no biases, as rotary models have them."""
+
+    def linear_shape(self, base: Any, name: str) -> tuple[int, int]:
+        return {"to_q": 96, "to_k": 32, "to_v": 32, "to_out": 64}[name], {"to_out": 96}.get(name, 64)
+
+    def linears(self, block: int, site: str) -> tuple[BaseLinear, ...]:
+        return tuple(linear._replace(bias=False) for linear in super().linears(block, site))
+
+
+def test_linears_need_not_be_square_nor_have_biases() -> None:
+    base = Base(Grouped(), "comfy", 64, (("self",),))
+    assert [base.place(linear) for linear in base.linears(0)] == [
+        ("blocks.0.attn.qkv", slice(0, 96)),
+        ("blocks.0.attn.qkv", slice(96, 128)),
+        ("blocks.0.attn.qkv", slice(128, 160)),
+        ("blocks.0.attn.proj", slice(0, 64)),
+    ]
+    assert base.sampled(0) == "blocks.0.attn.proj.weight"
+
+
 @pytest.mark.parametrize("backbone", models.BACKBONES)
 def test_diffusers_modules_are_recognised(backbone: str) -> None:
     base = identify_module(models.make(backbone))
@@ -48,10 +105,12 @@ def test_diffusers_modules_are_recognised(backbone: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "found"),
     [
-        ({**PIXART, "csize_embedder.mlp.0.weight": (4,)}, "PixArt-α"),
         ({**PIXART, "blocks.14.attn.sr.weight": (4,)}, "own key/value compression"),
+        ({**PIXART_ALPHA, "blocks.14.attn.sr.weight": (4,)}, "own key/value compression"),
         ({**PIXART, "blocks.0.attn.q_norm.weight": (4,)}, "query/key norms"),
-        (SD35_WITHOUT_ATTN2, "Stable Diffusion 3 without attn2"),
+        ({**SD3, "controlnet_blocks.0.weight": (4, 4)}, "ControlNet"),
+        ({"transformer_blocks.0.attn.add_k_proj.bias": (4,), "transformer_blocks.0.attn.to_out.0.bias": (4,)}, "FLUX"),
+        ({"joint_blocks.0.x_block.attn.proj.bias": (1536,)}, "a part of a Stable Diffusion 3"),
         ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "FLUX"),
         ({"transformer.single_transformer_blocks.0.attn.to_q.weight": (4, 4)}, "FLUX"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (4,)}, "UNet"),
@@ -68,7 +127,8 @@ def test_anything_else_is_named_for_what_it_is(keys: dict[str, tuple[int, ...]],
     with pytest.raises(EDiTModelError, match=found) as caught:
         identify(keys, "model.safetensors")
     assert str(caught.value).startswith("model.safetensors is ")
-    assert "EDiT works on PixArt-Σ and Stable Diffusion 3.5-Medium" in str(caught.value)
+    said = str(caught.value).partition("; EDiT works on ")[2]
+    assert all(backbone.title in said for backbone in BACKBONES.values())
 
 
 @pytest.mark.parametrize(
@@ -95,12 +155,18 @@ def test_a_third_backbone_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Mo
         "BACKBONE = Omega()\n"
     )
     monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(tmp_path)])
-    assert set(backbones._discover()) == {*BACKBONES, "pixart_omega"}
+    assert set(registry._discover()) == {*BACKBONES, "pixart_omega"}
 
 
 @pytest.mark.parametrize(
     ("backbone", "size", "grid"),
-    [("pixart_sigma", (34, 40), (17, 20)), ("sd35_medium", (34, 40), (17, 20)), ("sd35_medium", (33, 39), (17, 20))],
+    [
+        ("pixart_sigma", (34, 40), (17, 20)),
+        ("pixart_alpha", (34, 40), (17, 20)),
+        ("sd35_medium", (34, 40), (17, 20)),
+        ("sd35_medium", (33, 39), (17, 20)),
+        ("sd3", (33, 39), (17, 20)),
+    ],
 )
 def test_token_grids_in_comfyui(backbone: str, size: tuple[int, int], grid: tuple[int, int]) -> None:
     assert BACKBONES[backbone].comfy_grid(*size) == grid
@@ -108,3 +174,11 @@ def test_token_grids_in_comfyui(backbone: str, size: tuple[int, int], grid: tupl
 
 def test_every_backbone_has_its_own_name() -> None:
     assert set(BACKBONES) == set(models.BACKBONES)
+
+
+@pytest.mark.parametrize(
+    ("side", "said"), [(8, "multiples of 16"), (1000, "multiples of 16"), (1024, "at most 768 pixels")]
+)
+def test_sizes_that_cannot_be_drawn(side: int, said: str) -> None:
+    with pytest.raises(EDiTModelError, match=said):
+        BACKBONES["sd35_medium"].check_size(side, side, models.sd35())

@@ -205,7 +205,7 @@ def test_an_attention_of_a_model_computes_what_the_specification_says(backbone: 
     model, other = models.make(backbone), models.make(backbone)
     weights = trained(model, preset)
     merged_by_hand(other, weights)
-    site = "self" if backbone == "pixart_sigma" else "joint"
+    site = "self" if backbone.startswith("pixart") else "joint"
     path = identify_module(model).backbone.diffusers_path(1, site)
     attn, caught = other.get_submodule(path), {}
     hook = model.get_submodule(path).register_forward_hook(
@@ -225,7 +225,7 @@ def test_an_attention_of_a_model_computes_what_the_specification_says(backbone: 
         return
     context = caught["encoder_hidden_states"]
     prompt = attn.add_q_proj(context), attn.add_k_proj(context), attn.add_v_proj(context)
-    norms = attn.norm_added_q, attn.norm_added_k, torch.nn.Identity()
+    norms = [norm or torch.nn.Identity() for norm in (attn.norm_added_q, attn.norm_added_k, None)]
     normed = tuple(f(t.unflatten(-1, (heads, -1))).flatten(2) for f, t in zip(norms, prompt, strict=True))
     rows = naive.hybrid_attention(x, base, normed, p, grid, heads, weights.config, attn.norm_q, attn.norm_k)
     for y, linear, got in zip(rows, (attn.to_out[0], attn.to_add_out), caught["y"], strict=True):
@@ -335,7 +335,7 @@ def test_a_student_without_side_weights_is_its_differences(backbone: str, traina
     model = models.make(backbone)
     weights = EDiTWeights.init(model, EDiTConfig.preset("sana"), layers="1", trainable=trainable, rank=1)
     assert all(name.startswith("base.transformer_blocks.1.") for name in weights.tensors)
-    assert weights.sites == {1: ("self",) if backbone == "pixart_sigma" else ("joint", "self")}
+    assert weights.sites == {1: identify_module(model).sites[1]}
     assert weights.dim == identify_module(model).dim
     before = models.forward(model)
     with apply_edit(model, weights) as handle:

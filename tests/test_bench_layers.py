@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from support import models
 from torch import Tensor
 
+from edit_core.backbones import BACKBONES
 from edit_core import EDiTConfig, apply_edit, crossover
 from edit_core.attention import EDiTAttention
 from edit_core.bench import CONTENDERS, Measurement, draw, measure, table, verify
@@ -46,7 +47,7 @@ def measured(tokens: int = 64, **seconds: list[float]) -> Measurement:
 
 @pytest.mark.parametrize("backbone", models.PIXART_FIRST)
 def test_a_layers_contenders_are_timed_weighed_and_named(backbone: str) -> None:
-    *_, last = measure("layer", backbone, 64, 2, torch.float32, CPU, 2, CONTENDERS, optional=True)
+    *_, last = measure("layer", BACKBONES[backbone], 64, 2, torch.float32, CPU, 2, CONTENDERS, optional=True)
     assert set(last.seconds) | set(last.missing) == set(CONTENDERS)
     assert set(HERE) <= set(last.seconds)
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in last.seconds.values())
@@ -62,7 +63,7 @@ def test_a_layers_contenders_are_timed_weighed_and_named(backbone: str) -> None:
 
 def test_a_transformers_contenders_are_timed_on_as_many_blocks_as_asked_for() -> None:
     names = ["teacher", "paper:compression=8", "limit"]
-    *_, last = measure("transformer", "sd35_medium", 64, 1, torch.float32, CPU, 1, names, blocks=1)
+    *_, last = measure("transformer", BACKBONES["sd35_medium"], 64, 1, torch.float32, CPU, 1, names, blocks=1)
     assert (last.blocks, list(last.seconds)) == (1, names)
     assert "| EDiT:compression=8 |" in table([last])
 
@@ -225,7 +226,7 @@ def test_the_limit_and_other_kernels_compute_what_they_say() -> None:
 
 
 def test_students_are_exchanged_without_a_trace() -> None:
-    subject = transformer("pixart_sigma", 64, 1, torch.float32, CPU, blocks=2, layers="1")
+    subject = transformer(BACKBONES["pixart_sigma"], 64, 1, torch.float32, CPU, blocks=2, layers="1")
     assert len(subject.attentions) == 1
     own = [attention.processor for attention in subject.attentions]
     with torch.inference_mode():
@@ -239,14 +240,14 @@ def test_students_are_exchanged_without_a_trace() -> None:
 
 
 def test_verify_holds_every_student_and_passes_others_over() -> None:
-    found = verify("sd35_medium", CONTENDERS, torch.float32, CPU)
+    found = verify(BACKBONES["sd35_medium"], CONTENDERS, torch.float32, CPU)
     assert set(found) == {"paper", "sana", "linfusion", "kv_compression", "local"}
     assert all(0 < error < 1e-5 for error in found.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_verify_allows_for_rounding_in_half_precision(dtype: torch.dtype) -> None:
-    assert verify("pixart_sigma", ["sana"], dtype, CPU)["sana"] > 1e-5
+    assert verify(BACKBONES["pixart_sigma"], ["sana"], dtype, CPU)["sana"] > 1e-5
 
 
 def test_a_wrong_student_ends_the_bench_with_one(
@@ -263,13 +264,13 @@ def test_a_wrong_student_ends_the_bench_with_one(
     assert err.startswith("edit_core: paper on pixart_sigma is off its specification by 0.0")
     assert err.count("\n") == 1
     with pytest.raises(EDiTResultError, match="sana on pixart_sigma"):
-        verify("pixart_sigma", ["teacher", "sana"], torch.float32, CPU)
+        verify(BACKBONES["pixart_sigma"], ["teacher", "sana"], torch.float32, CPU)
 
 
 def test_not_a_number_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EDiTAttention, "forward", lambda self, x, *args, **kwargs: x * float("nan"))
     with pytest.raises(EDiTResultError, match="off its specification by nan"):
-        verify("pixart_sigma", ["paper"], torch.float32, CPU)
+        verify(BACKBONES["pixart_sigma"], ["paper"], torch.float32, CPU)
 
 
 def test_mistakes_are_one_sentence_before_anything_is_measured(
@@ -317,7 +318,7 @@ def test_a_kernel_that_refuses_the_shape_is_left_out(monkeypatch: pytest.MonkeyP
     with pytest.raises(EDiTError, match=r"sage cannot run here with heads of 72 channels: heads of 64 only$"):
         contender("sage", CPU, torch.float32, 16, 72)
     monkeypatch.setitem(contenders_module._KERNELS, "sage", ("torch", lambda: lambda q, k, v: v))
-    *_, last = measure("layer", "pixart_sigma", 64, 1, torch.float32, CPU, 1, ["sage"])
+    *_, last = measure("layer", BACKBONES["pixart_sigma"], 64, 1, torch.float32, CPU, 1, ["sage"])
     assert last.versions["torch"] == torch.__version__.split("+")[0] or last.versions["torch"] == torch.__version__
     assert last.speed("sage") is None  # there was no teacher
 

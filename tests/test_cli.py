@@ -90,7 +90,7 @@ def test_mistakes_are_one_line_with_status_two(base: Path, tmp_path: Path, capsy
     (damaged / "transformer" / "config.json").write_text("{")
     calibrate = ("calibrate", "--model", damaged, "--output", other, "--prompts")
     for arguments, part in (
-        (("init", base / "pixart_alpha.safetensors", other), "is PixArt-α"),
+        (("init", base / "pixart_normed.safetensors", other), "is a PixArt variant with query/key norms"),
         (("init", base / "flux.safetensors", other), "is FLUX"),
         (("init", base / "none.safetensors", other), "there is no such file"),
         (("init", weights, other), "EDiT weights"),

@@ -92,8 +92,9 @@ def test_diffusers_and_comfyui_give_the_same_output(
     if kind != "base":
         path = files / "models/edit" / backbone if kind == "edit" else base / f"{backbone}-{kind}"
         apply_edit(model, EDiTWeights.load(path.with_suffix(".safetensors")))
-    if backbone == "pixart_sigma":
-        extra: dict[str, Any] = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    if backbone.startswith("pixart"):
+        height, width = caught["x"].shape[-2:]
+        extra: dict[str, Any] = {"added_cond_kwargs": models.sizes(model, len(caught["x"]), height, width)}
     else:
         extra = {"pooled_projections": caught["y"]}
     with torch.no_grad():

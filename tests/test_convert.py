@@ -43,9 +43,11 @@ def in_comfys_names(model: Any) -> dict[str, torch.Tensor]:
             if (key := f"{linear.diffusers}.{part}") in state:
                 name = f"model.diffusion_model.{linear.comfy}.{part}"
                 tensors[name] = torch.cat([tensors[name], state[key]]) if name in tensors else state[key]
-    if base.backbone.name == "pixart_sigma":
+    if base.backbone.name.startswith("pixart"):
         for name in ("t_block.1.bias", "blocks.0.cross_attn.kv_linear.bias"):
             tensors[f"model.diffusion_model.{name}"] = torch.randn(5)
+    if base.backbone.name == "pixart_alpha":
+        tensors["model.diffusion_model.csize_embedder.mlp.0.weight"] = torch.randn(5, 5)
     return {**tensors, "vae.something": torch.arange(7).to(torch.float8_e4m3fn), "step": torch.tensor(3)}
 
 

@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
 )
@@ -125,7 +126,7 @@ def test_a_lora_that_was_loaded_first_is_no_other_model(backbone: str) -> None:
     with apply_edit(model, weights):
         plain = models.forward(model)
         for block in model.transformer_blocks:
-            attention = block.attn1 if backbone == "pixart_sigma" else block.attn
+            attention = block.attn1 if backbone.startswith("pixart") else block.attn
             attention.to_q, attention.to_out[0] = Adapted(attention.to_q), Adapted(attention.to_out[0])
         expected = models.forward(model)
     assert models.relative_error(expected, plain) > 1e-3
@@ -345,7 +346,7 @@ def test_weights_for_another_base_warn(caplog: pytest.LogCaptureFixture) -> None
 @pytest.mark.parametrize("backbone", models.BACKBONES)
 @torch.no_grad()
 def test_pipelines_draw_with_edit_and_without_again(backbone: str) -> None:
-    channels = 4 if backbone == "pixart_sigma" else 16
+    channels = 4 if backbone.startswith("pixart") else 16
     vae = AutoencoderKL(
         latent_channels=channels,
         block_out_channels=(8, 8, 8, 8),
@@ -358,8 +359,9 @@ def test_pipelines_draw_with_edit_and_without_again(backbone: str) -> None:
     embeds = [torch.randn(1, 7, 64) for _ in range(2)]
     common: dict[str, Any] = {"num_inference_steps": 2, "height": 320, "width": 272, "output_type": "np"}
     common.update(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])
-    if backbone == "pixart_sigma":
-        pipe: Any = PixArtSigmaPipeline(None, None, vae, transformer, DPMSolverMultistepScheduler())
+    if backbone.startswith("pixart"):
+        pipeline_class = PixArtAlphaPipeline if backbone == "pixart_alpha" else PixArtSigmaPipeline
+        pipe: Any = pipeline_class(None, None, vae, transformer, DPMSolverMultistepScheduler())
         mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
         common.update(prompt_attention_mask=mask, negative_prompt_attention_mask=mask, use_resolution_binning=False)
         common.update(prompt=None, negative_prompt=None)

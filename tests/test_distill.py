@@ -21,6 +21,7 @@ from support import models, training
 from support.train_child import stop_after
 
 from edit_core import EDiTConfig, EDiTConfigError, EDiTError, EDiTWeights, apply_edit
+from edit_core.backbones import BACKBONES
 from edit_core.cli import main
 from edit_core.distill.calibrate import calibrate
 from edit_core.distill.checkpoint import latest_checkpoint, save_checkpoint
@@ -29,7 +30,6 @@ from edit_core.distill.dataset import CachedLatents
 from edit_core.distill.distance import Distance, teacher_distance
 from edit_core.distill.engine import Engine
 from edit_core.distill.losses import FeatureTap, dense_tap, weighted_mse
-from edit_core.distill.objective import noise_batch, task_target
 from edit_core.distill.teacher import load_teacher
 
 TRANSFER: dict[str, Any] = {"kind": "transfer", "lr": 3e-3}
@@ -41,7 +41,9 @@ def distance(paths: dict[str, Path], weights: EDiTWeights) -> Distance:
     data = CachedLatents(paths["cache"], training.RESOLUTION)
     transformer = load_teacher(paths["model"], torch.float32, torch.device("cpu"))
     with apply_edit(transformer, weights) as handle:
-        return teacher_distance(transformer, handle, weights.backbone, [data.collate(list(range(8)))], seed=10**6)
+        return teacher_distance(
+            transformer, handle, BACKBONES[weights.backbone], [data.collate(list(range(8)))], seed=10**6
+        )
 
 
 @pytest.mark.parametrize("backbone", models.PIXART_FIRST)
@@ -299,13 +301,13 @@ def test_noise_follows_the_schedulers() -> None:
     from diffusers import DDPMScheduler
 
     latent, generators = torch.randn(3, 4, 8, 8), [torch.Generator().manual_seed(i) for i in range(3)]
-    noised = noise_batch("pixart_sigma", latent, generators)
+    noised = BACKBONES["pixart_sigma"].objective.noise_batch(latent, generators)
     scheduler = DDPMScheduler(beta_start=0.0001, beta_end=0.02)
     expected = scheduler.add_noise(latent, noised.noise, noised.timestep)
     assert torch.allclose(noised.latent, expected, atol=1e-5)
-    flow = noise_batch("sd35_medium", latent, generators, shift=3.0)
+    flow = BACKBONES["sd35_medium"].objective.noise_batch(latent, generators, shift=3.0)
     sigma = (flow.timestep / 1000).view(-1, 1, 1, 1)
-    target = task_target("sd35_medium", latent, flow)
+    target = BACKBONES["sd35_medium"].objective.target(latent, flow)
     assert torch.allclose(flow.latent, latent + sigma * target, atol=1e-5)
 
 
@@ -315,7 +317,7 @@ def test_times_lie_in_range_and_shift_towards_noise(weighting: Any) -> None:
 
     def times(shift: float) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(i) for i in range(400)]
-        return noise_batch("sd35_medium", latent, generators, weighting, shift).timestep / 1000
+        return BACKBONES["sd35_medium"].objective.noise_batch(latent, generators, weighting, shift).timestep / 1000
 
     plain, shifted = times(1.0), times(3.0)
     assert 0 <= float(plain.min()) <= float(plain.max()) <= 1
@@ -328,7 +330,9 @@ def test_pixarts_times_may_be_those_of_sd3_with_errors_that_count_as_a_velocitys
     latent = torch.ones(4000, 1, 1, 1)
 
     def noised(backbone: str, **kwargs: Any) -> Any:
-        return noise_batch(backbone, latent, [torch.Generator().manual_seed(i) for i in range(4000)], **kwargs)
+        return BACKBONES[backbone].objective.noise_batch(
+            latent, [torch.Generator().manual_seed(i) for i in range(4000)], **kwargs
+        )
 
     ours = noised("pixart_sigma", weighting=weighting, shift=shift)
     alpha = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000), 0)[ours.timestep]
@@ -407,8 +411,8 @@ def test_prodigy_is_refused_two_learning_rates_before_its_first_step_is() -> Non
 
 
 def test_shipped_configurations_are_valid_and_missing_ones_are_said_to_be_so(tmp_path: Path) -> None:
-    real = (f"{b}_{size}" for b in models.BACKBONES for size in ("24gb", "8gpu"))
-    for name in ("debug", *real, *(f"world_{b}" for b in models.BACKBONES)):
+    real = (f"{b}_{size}" for b in models.SHIPPED for size in ("24gb", "8gpu"))
+    for name in ("debug", *real, *(f"world_{b}" for b in models.SHIPPED)):
         assert load_config(name).stages
     with pytest.raises(EDiTConfigError, match="no such file, nor a configuration"):
         load_config("unheard_of")
@@ -493,7 +497,7 @@ def test_a_checkpoint_of_another_student_or_teacher_is_refused(prepared: Any, tm
         Engine(training.config(paths, tmp_path / "run", TRANSFER)).resume()
 
 
-@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("backbone", models.SHIPPED)
 def test_calibrate_needs_only_prompts_and_lowers_the_error(
     backbone: str, prepared: Any, tmp_path: Path, capsys: Any
 ) -> None:
@@ -542,7 +546,7 @@ def test_guided_predictions_are_compared_as_a_sampler_makes_them() -> None:
         assert torch.allclose(weighted_mse(student, teacher, torch.ones(2), torch.full((2, 1, 1, 1), scale)), expected)
 
 
-@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("backbone", models.SHIPPED)
 def test_a_training_is_watched_on_pictures_that_it_does_not_see(backbone: str, prepared: Any, tmp_path: Path) -> None:
     watch = {"held_out": 3, "evaluate_every": 1, "preview_every": 2, "preview_pictures": 2, "preview_steps": 2}
     stages = ({**TRANSFER, "steps": 2}, {**DISTILL, "steps": 2, "guidance": [1.0, 4.0]})

@@ -19,6 +19,7 @@ from support import models, pipelines, training
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from edit_core import EDiTWeights, apply_edit
+from edit_core.backbones import BACKBONES
 from edit_core.cli import main
 from edit_core.distill import evaluate, picture_features, picture_metrics
 from edit_core.distill.cache import build_cache
@@ -178,7 +179,7 @@ def test_lpips_says_why_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- sampling ---
 
 
-@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("backbone", models.SHIPPED)
 def test_the_sampler_draws_what_the_whole_pipeline_draws(backbone: str, teachers: Any) -> None:
     model = teachers(backbone)["model"]
     transformer = load_teacher(model, torch.float32, CPU)
@@ -202,7 +203,7 @@ def test_the_sampler_draws_what_the_whole_pipeline_draws(backbone: str, teachers
     assert torch.equal(*unguided), "without guidance the negative prompt plays a part"
 
 
-@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("backbone", models.SHIPPED)
 def test_the_sampler_works_under_autocast_with_a_student_in_float32(backbone: str, teachers: Any) -> None:
     paths = teachers(backbone)
     transformer = load_teacher(paths["model"], torch.bfloat16, CPU)
@@ -229,7 +230,7 @@ def test_a_grid_has_its_rows_above_each_other() -> None:
 # --- the command ---
 
 
-@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("backbone", models.SHIPPED)
 def test_a_rerun_from_the_json_alone_gives_the_same_scores(
     backbone: str, teachers: Any, clip_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -307,7 +308,7 @@ def test_a_student_of_no_layers_is_its_teacher(teachers: Any, clip_folder: Path,
     assert report["weights"]["blocks"] == "none"
 
 
-@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("backbone", models.SHIPPED)
 def test_errors_grow_as_weights_are_disturbed(backbone: str, teachers: Any, tmp_path: Path, capsys: Any) -> None:
     paths = teachers(backbone)
     weights = EDiTWeights.init(load_teacher(paths["model"], torch.float32, CPU))
@@ -342,7 +343,7 @@ def test_teacher_and_student_draw_in_turns_the_student_with_edit(
 
     def distance(transformer: Any, handle: Any, backbone: str, batches: Any, seed: int) -> Any:
         distances.append(seed)
-        return teacher_distance(transformer, handle, backbone, batches, seed)
+        return teacher_distance(transformer, handle, BACKBONES[backbone], batches, seed)
 
     monkeypatch.setattr("edit_core.commands.eval.apply_edit", apply)
     monkeypatch.setattr(Sampler, "draw", draw)
@@ -393,7 +394,7 @@ def test_attentions_are_compared_on_a_caches_latents(teachers: Any, tmp_path: Pa
     report = run(capsys, arguments(paths, tmp_path / "out", *more))
     transformer = load_teacher(paths["model"], torch.float32, CPU)
     with apply_edit(transformer, EDiTWeights.load(paths["weights"]), "1") as handle:
-        expected = teacher_distance(transformer, handle, "pixart_sigma", batches, seed=1 << 32)
+        expected = teacher_distance(transformer, handle, BACKBONES["pixart_sigma"], batches, seed=1 << 32)
     assert report["scores"]["attentions"] == pytest.approx(expected.attentions)
     assert report["scores"]["prediction_error"] == pytest.approx(expected.prediction)
     assert report["settings"]["resolution"] == 64
@@ -450,7 +451,7 @@ def test_a_student_whose_numbers_overflow_is_named(teachers: Any, tmp_path: Path
         ({"inception": "missing.pth"}, [], "there is no such file of Inception weights"),
         ({"images": "missing", "clip": "CLIP"}, [], "there is no such folder of images"),
         ({"images": "missing"}, [], "--images is compared in the features"),
-        ({}, ["--size", "72"], "must be a multiple of 16"),
+        ({}, ["--size", "72"], "must be multiples of 16"),
         ({}, ["--size", "784"], "at most 768 pixels"),
         ({}, ["--steps", "0"], "--steps must be at least 1"),
         ({}, ["--seed", "-1"], "--seed must be from 0"),

@@ -28,7 +28,7 @@ for path in sorted(FOLDER.glob("matrix_*.py")):
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI),
-    pytest.mark.parametrize("backbone", models.BACKBONES),
+    pytest.mark.parametrize("backbone", models.SHIPPED),
     pytest.mark.parametrize("checkout", FOUND or [Path("none")], ids=lambda path: path.name),
 ]
 

@@ -55,7 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("models/diffusion_models", "models/checkpoints", "models/edit", "custom_nodes", "input", "output"):
         (base / folder).mkdir(parents=True)
     bases, edits, checkpoints = (base / "models" / name for name in ("diffusion_models", "edit", "checkpoints"))
-    for backbone in models.BACKBONES:
+    for backbone in models.SHIPPED:
         model = build(backbone)
         if backbone == "pixart_sigma":
             model.transformer_blocks = model.transformer_blocks[:2]
@@ -159,7 +159,7 @@ def uses(draw: st.DrawFn, node: str, schema: dict[str, Any], links: bool) -> dic
     """Widgets' values and sockets' names of one node; with `links` some widgets are sockets."""
     values: dict[str, Any] = {}
     sockets: dict[str, Any] = {}
-    backbone = draw(st.sampled_from(["", *models.BACKBONES, *models.BACKBONES]))  # for whatever has one; "" mixes them
+    backbone = draw(st.sampled_from(["", *models.SHIPPED, *models.BACKBONES]))  # for whatever has one; "" mixes them
     for socket in schema["nodes"][node]["inputs"]:
         if socket["type"] not in ("INT", "FLOAT", "STRING", "COMBO"):
             names = schema["given"][socket["type"]]

@@ -262,7 +262,7 @@ def test_nan_in_a_query_is_its_rows_in_a_value_its_channels_and_in_a_key_its_hea
         assert torch.equal(linear_attention(q, k, v).isnan(), expected), place
 
 
-@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("backbone", models.SHIPPED)
 def test_a_bad_latent_does_not_touch_the_others_of_its_batch(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.make(backbone)
     randn = torch.randn

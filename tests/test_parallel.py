@@ -70,7 +70,7 @@ def test_two_processes_train_as_one_and_checkpoints_move_between_them(
         assert len(sharded) == (1 if how == "one process" else 2)
         assert all(sharded) if how == "FSDP2" else not any(sharded)
     names = commands[1:]
-    if backbone == "pixart_sigma":
+    if backbone.startswith("pixart"):
         names.append("moving")
         moving = configured(paths, tmp_path / "moving", **fields, **looked)
         for how, stop_at in (("FSDP2", 2), ("one process", 5), ("data parallel", 100)):

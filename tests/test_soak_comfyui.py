@@ -72,8 +72,8 @@ def prompt(backbone: str, kind: str, seed: int) -> Prompt:
 
 def rounds(g: random.Random) -> list[tuple[str, str, int]]:
     """Twenty prompts in random order, no two neighbours alike: every kind of both backbones twice, four interrupted."""
-    round_ = [(b, kind, seed) for b in models.BACKBONES for kind in KINDS for seed in (1, 2)]
-    round_ += [(b, INTERRUPTED, seed) for b in models.BACKBONES for seed in (1, 2)]
+    round_ = [(b, kind, seed) for b in models.SHIPPED for kind in KINDS for seed in (1, 2)]
+    round_ += [(b, INTERRUPTED, seed) for b in models.SHIPPED for seed in (1, 2)]
     g.shuffle(round_)
     return round_
 

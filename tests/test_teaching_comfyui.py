@@ -39,7 +39,7 @@ PIXART_SLOW = [
 
 pytestmark = [
     pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI),
-    pytest.mark.parametrize("backbone", models.BACKBONES),
+    pytest.mark.parametrize("backbone", models.SHIPPED),
     pytest.mark.parametrize("checkout", FOUND or [Path("none")], ids=lambda path: path.name),
 ]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from edit_core import EDiTWeights, apply_edit
-from edit_core.distill.objective import call_arguments
+from edit_core.backbones import backbone_named
 from edit_core.errors import EDiTError
 from edit_core.world.codec import CHANNELS, decode, encode
 from edit_core.world.draw import draw
@@ -275,7 +275,9 @@ def test_teachers_are_small_and_take_every_size(backbone: str) -> None:
     for height, width in ((32, 32), (20, 48)):
         latent = torch.randn(2, CHANNELS[backbone], height, width)
         with torch.no_grad():
-            output = model(**call_arguments(backbone, latent, torch.tensor([10, 900]), condition, latent.device))[0]
+            output = model(
+                **backbone_named(backbone).call_arguments(latent, torch.tensor([10, 900]), condition, latent.device)
+            )[0]
         channels = CHANNELS[backbone] * (2 if backbone == "pixart_sigma" else 1)
         assert output.shape == (2, channels, height, width) and output.isfinite().all()
         handle.remove()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support import comfy, models, world
 
 from edit_core import EDiTWeights, apply_edit
-from edit_core.distill.objective import call_arguments
+from edit_core.backbones import backbone_named
 from edit_core.world.codec import encode
 from edit_core.world.draw import draw
 from edit_core.world.files import load_teacher, load_vae
@@ -27,7 +27,7 @@ PIXART_SLOW = ["check_edit_and_loras_work_as_on_other_models"]
 
 pytestmark = [
     pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI),
-    pytest.mark.parametrize("backbone", models.BACKBONES),
+    pytest.mark.parametrize("backbone", models.SHIPPED),
     pytest.mark.parametrize("checkout", FOUND or [Path("none")], ids=lambda path: path.name),
 ]
 
@@ -65,7 +65,9 @@ def test_one_call_gives_what_diffusers_gives(
     # The caption's own embedding, with a mask for PixArt-Σ, in place of what ComfyUI made of it.
     condition = WorldText().encode_prompts([CAPTION])
     with torch.no_grad():
-        expected = model(**call_arguments(backbone, caught["x"], caught["t"], condition, torch.device("cpu")))[0]
+        expected = model(
+            **backbone_named(backbone).call_arguments(caught["x"], caught["t"], condition, torch.device("cpu"))
+        )[0]
     channels = caught["out"].shape[1]  # ComfyUI drops PixArt's predicted variance
     assert models.relative_error(caught["out"], expected[:, :channels]) < 1e-4
 

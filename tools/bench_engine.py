@@ -27,15 +27,15 @@ from torch.nn.functional import mse_loss
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from edit_core.backbones import backbone_named
 from edit_core.bench import device_name
 from edit_core.distill.cache import build_cache
 from edit_core.distill.config import RunConfig, load_config
 from edit_core.distill.engine import Engine
 from edit_core.distill.losses import FeatureTap
 from edit_core.distill.memory import estimate
-from edit_core.distill.objective import call_arguments, noise_batch, prediction
 from edit_core.distill.sources import FolderSource
-from edit_core.models import PROMPT_TOKENS, empty_transformer, random_transformer
+from edit_core.models import empty_transformer, random_transformer
 from edit_core.runtime import DTYPES
 
 WIDTHS = {"pixart_sigma": (4, 4096), "sd35_medium": (16, 4096)}
@@ -55,7 +55,7 @@ class RandomEncoder:
         return torch.randn(len(pixels), WIDTHS[self.backbone][0], height // 8, width // 8)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        tokens, width = PROMPT_TOKENS[self.backbone], WIDTHS[self.backbone][1]
+        tokens, width = backbone_named(self.backbone).real.prompt_tokens, WIDTHS[self.backbone][1]
         found = {"prompt_embeds": torch.randn(len(prompts), tokens, width, dtype=self.dtype)}
         if self.backbone == "pixart_sigma":
             return found | {"prompt_mask": torch.ones(len(prompts), tokens, dtype=torch.bool)}
@@ -63,7 +63,9 @@ class RandomEncoder:
 
 
 def prepare(backbone: str, folder: Path, resolution: int, blocks: int | None, dtype: torch.dtype) -> None:
-    random_transformer(backbone, blocks, dtype, resolution).save_pretrained(folder / "model" / "transformer")
+    random_transformer(backbone_named(backbone), blocks, dtype, resolution).save_pretrained(
+        folder / "model" / "transformer"
+    )
     (folder / "images").mkdir()
     for i in range(2):
         Image.fromarray(np.full((resolution, resolution, 3), i, np.uint8)).save(folder / "images" / f"{i}.png")
@@ -86,7 +88,7 @@ def overhead(folder: Path, resolution: int, precision: str, repeats: int) -> dic
     """Median seconds of an engine's step of `distill`, and of its two forwards and one backward by hand."""
     engine = Engine(config(folder, "distill", resolution, precision, steps=10**6))
     stage = engine.config.stages[0].model_copy(update={"gradient_checkpointing": False})
-    data, backbone = engine.data[0], engine.weights.backbone
+    data, backbone = engine.data[0], backbone_named(engine.weights.backbone)
     plan, times = engine._plan(data, stage, 0), {"engine": [], "by hand": []}
     for i in range(repeats + 1):  # the first pair warms up
         batch = data.collate(plan.batch(i))  # a training reads it ahead
@@ -96,14 +98,16 @@ def overhead(folder: Path, resolution: int, precision: str, repeats: int) -> dic
         times["engine"].append(time.perf_counter() - start)
 
         latent = batch.pop("latent").to(DTYPES[precision])
-        noised = noise_batch(backbone, latent, [torch.Generator().manual_seed(i)])
-        arguments = call_arguments(backbone, noised.latent, noised.timestep, batch, engine.device)
+        noised = backbone.objective.noise_batch(latent, [torch.Generator().manual_seed(i)])
+        arguments = backbone.call_arguments(noised.latent, noised.timestep, batch, engine.device)
         engine.learner.begin()
         features = FeatureTap()
         start = time.perf_counter()
         with engine._autocast():
-            teacher = prediction(backbone, engine.student.call(arguments, features.teacher, grad=False)).float()
-            student = prediction(backbone, engine.student.call(arguments, features.student, grad=True)).float()
+            wanted = engine.student.call(arguments, features.teacher, grad=False)
+            teacher = backbone.objective.prediction(wanted).float()
+            found = engine.student.call(arguments, features.student, grad=True)
+            student = backbone.objective.prediction(found).float()
             (mse_loss(student, noised.noise) + mse_loss(student, teacher) + 0.5 * features.total()).backward()
         times["by hand"].append(time.perf_counter() - start)
     found = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
@@ -136,7 +140,7 @@ def estimates(folder: Path) -> dict[str, list[str]]:
     found = {}
     for backbone in WIDTHS:
         header, end = {}, 0
-        for name, tensor in empty_transformer(backbone).state_dict().items():
+        for name, tensor in empty_transformer(backbone_named(backbone)).state_dict().items():
             size = 2 * tensor.numel()
             header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
             end += size

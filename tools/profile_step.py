@@ -110,10 +110,10 @@ def machine() -> tuple[float, float]:
 
 def tables(flops: float, bandwidth: float) -> list[str]:
     lines = []
-    for backbone, kind in BACKBONES.items():
+    for kind in BACKBONES.values():
         for side in SIDES:
-            subject = transformer(backbone, side, 1, torch.float32, CPU, BLOCKS)
-            depth = {"pixart_sigma": 28, "sd35_medium": 24}[backbone]
+            subject = transformer(kind, side, 1, torch.float32, CPU, BLOCKS)
+            depth = kind.real.blocks
             hidden = subject.attentions[0].inner_dim // 4
             own = {name: processors(subject, contender(name, CPU, torch.float32, subject.heads, subject.head_dim))
                    for name in CONTENDERS}  # fmt: skip

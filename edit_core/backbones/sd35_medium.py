@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..attention import EDiTAttention, Grid, Projections
-from ..hosts.processors import JointProcessor, Processor, SelfProcessor
-from .base import Backbone, Base, BaseLinear, HostCall, Shapes, attention_linears, count_blocks
+from ..objective import Flow
+from .base import CELL, Backbone, Base, BaseLinear, Condition, HostCall, Real, Shapes, attention_linears, count_blocks
 
 _OUTPUT_BIAS = {
     "comfy": "joint_blocks.{}.x_block.attn.proj.bias",
@@ -28,6 +29,10 @@ _PROMPT_OUTPUT_BIAS = {
     "comfy": "joint_blocks.{}.context_block.attn.proj.bias",
     "diffusers": "transformer_blocks.{}.attn.to_add_out.bias",
 }
+_MARKERS = {  # tensors that, with the blocks, tell Stable Diffusion 3 from others with blocks of the same name
+    "comfy": (),
+    "diffusers": ("pos_embed.proj.bias", "context_embedder.bias"),
+}
 _PROMPT_LINEARS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _PROMPT_ROWS = ("add_q_proj", "to_add_out")  # what only the attention's prompt rows go through
 
@@ -35,25 +40,39 @@ _PROMPT_ROWS = ("add_q_proj", "to_add_out")  # what only the attention's prompt 
 class SD35Medium(Backbone):
     name = "sd35_medium"
     title = "Stable Diffusion 3.5-Medium"
-    sites = ("joint", "self")
+    sites: ClassVar[tuple[str, ...]] = ("joint", "self")
+    layer: ClassVar[str] = "joint attention and attn2 of one block"
+    relatives = (("controlnet_blocks.", "a ControlNet of Stable Diffusion 3"),)
+    real: ClassVar[Real] = Real(
+        24, 1536, 24, prompt_tokens=77 + 256, attention_graph=44, block_graph=74, like_most=2
+    )  # CLIP's tokens and T5's; the last block emits no prompt rows
+    objective = Flow(shift=3.0)
+    transformer = "SD3Transformer2DModel"
+    pipelines = ("StableDiffusion3Pipeline",)
+    parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    conditions = (
+        Condition("prompt_embeds", "encoder_hidden_states", "prompt_embeds", "joint_attention_dim", "context_embedder"),
+        Condition(
+            "pooled", "pooled_projections", "pooled_prompt_embeds", "pooled_projection_dim", "y_embedder.mlp.0", False
+        ),
+    )
+    dual: ClassVar[int] = 13
+    """How many of the real model's blocks, which are the first ones, have an `attn2`."""
 
     def match(self, shapes: Shapes) -> Base | None:
         for host, bias in _OUTPUT_BIAS.items():
             depth = count_blocks(shapes, bias)
-            sites = tuple(
-                ("joint", "self") if _SECOND_BIAS[host].format(block) in shapes else ("joint",)
-                for block in range(depth)
-            )
-            if any("self" in names for names in sites) and _PROMPT_BIAS[host].format(0) in shapes:
-                # A block that emits no prompt tokens (the last) has no output projection for them, and its prompt
-                # queries, though there, lead nowhere.
-                ends = [block for block in range(depth) if _PROMPT_OUTPUT_BIAS[host].format(block) not in shapes]
-                idle = {f"transformer_blocks.{block}.attn.{name}" for block in ends for name in _PROMPT_ROWS}
-                return Base(self, host, (*shapes[bias.format(0)], 0)[0], sites, idle=frozenset(idle))
+            second = [_SECOND_BIAS[host].format(block) in shapes for block in range(depth)]
+            markers = (_PROMPT_BIAS[host].format(0), *_MARKERS[host])
+            if not depth or any(second) != bool(self.dual) or not all(key in shapes for key in markers):
+                continue
+            sites = tuple(("joint", "self") if both else ("joint",) for both in second)
+            # A block that emits no prompt tokens (the last) has no output projection for them, and its prompt
+            # queries, though there, lead nowhere.
+            ends = [block for block in range(depth) if _PROMPT_OUTPUT_BIAS[host].format(block) not in shapes]
+            idle = {f"transformer_blocks.{block}.attn.{name}" for block in ends for name in _PROMPT_ROWS}
+            return Base(self, host, (*shapes[bias.format(0)], 0)[0], sites, idle=frozenset(idle))
         return None
-
-    def output_bias(self, base: Base, block: int) -> str:
-        return _OUTPUT_BIAS[base.host].format(block)
 
     def linears(self, block: int, site: str) -> tuple[BaseLinear, ...]:
         path, comfy = self.diffusers_path(block, site), self.comfy_path(block)
@@ -62,17 +81,40 @@ class SD35Medium(Backbone):
         prompt = attention_linears(path, f"{comfy}.context_block.attn", _PROMPT_LINEARS)
         return attention_linears(path, f"{comfy}.x_block.attn") + prompt
 
+    def largest_side(self, transformer: Any) -> int | None:
+        return self.token * int(transformer.config.pos_embed_max_size)  # its table of positions has an end
+
+    # diffusers
+
     def diffusers_path(self, block: int, site: str) -> str:
         return f"transformer_blocks.{block}.{'attn' if site == 'joint' else 'attn2'}"
 
-    def diffusers_processor(self, site: str) -> type[Processor]:
-        return JointProcessor if site == "joint" else SelfProcessor
+    def model_options(self, blocks: int, side: int) -> dict[str, Any]:
+        return {
+            "num_layers": blocks,
+            "num_attention_heads": self.real.heads,
+            "caption_projection_dim": self.real.channels,
+            "sample_size": 128,
+            "pos_embed_max_size": side // self.token,
+            # as many of the blocks have attn2 as in the real model
+            "dual_attention_layers": tuple(range(round(blocks * self.dual / self.real.blocks))),
+            "qk_norm": "rms_norm",
+        }
+
+    def encode(self, pipeline: Any, texts: list[str], device: torch.device) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            texts, None, None, do_classifier_free_guidance=False, device=device
+        )
+        return {"prompt_embeds": embeds, "pooled": pooled}
+
+    # ComfyUI
 
     def comfy_path(self, block: int) -> str:
         return f"joint_blocks.{block}"
 
     def comfy_grid(self, height: int, width: int) -> Grid:
-        return (height + 1) // 2, (width + 1) // 2  # odd latents are padded, and the output cropped
+        # Odd latents are padded, and the output cropped.
+        return self.check_size((height + height % 2) * CELL, (width + width % 2) * CELL)
 
     def comfy_image_tokens(self, context: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> int:
         return x.shape[1]

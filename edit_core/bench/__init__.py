@@ -4,8 +4,8 @@ from ..runtime import device_name
 from .contenders import CONTENDERS
 from .plot import draw
 from .report import Measurement, table
-from .subjects import LEVELS, grid_of
+from .subjects import LEVELS
 from .timing import measure
 from .verify import verify
 
-__all__ = ["CONTENDERS", "LEVELS", "Measurement", "device_name", "draw", "grid_of", "measure", "table", "verify"]
+__all__ = ["CONTENDERS", "LEVELS", "Measurement", "device_name", "draw", "measure", "table", "verify"]

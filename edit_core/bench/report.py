@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from math import log
 from typing import Any, NamedTuple
 
-from ..backbones import BACKBONES
+from ..backbones import backbone_named
 
 __all__ = ["TITLES", "Measurement", "Series", "series", "table"]
 
@@ -23,7 +23,6 @@ TITLES = {
     "limit": "the limit",
 }
 """Contenders as people call them, where that is not their name."""
-_LAYERS = {"pixart_sigma": "one attention", "sd35_medium": "joint attention and attn2 of one block"}
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,9 @@ class Measurement:
     @property
     def title(self) -> str:
         """What was called, for people."""
-        part = _LAYERS[self.backbone] if self.level == "layer" else f"{self.blocks} block{'s' * (self.blocks > 1)}"
-        return f"{BACKBONES[self.backbone].title}, {part}"
+        backbone = backbone_named(self.backbone)
+        part = backbone.layer if self.level == "layer" else f"{self.blocks} block{'s' * (self.blocks > 1)}"
+        return f"{backbone.title}, {part}"
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "speed": {name: self.speed(name) for name in self.seconds}}

@@ -11,19 +11,14 @@ import torch
 from torch import Tensor
 
 from ..attention import Grid
-from ..backbones import identify_module
-from ..errors import EDiTModelError
+from ..backbones import Backbone, identify_module
 from ..layers import parse_layers
-from ..models import PROMPT_TOKENS, random_inputs, random_transformer
+from ..models import random_inputs, random_transformer
 
-__all__ = ["LEVELS", "Subject", "grid_of", "layer", "transformer"]
+__all__ = ["LEVELS", "Subject", "layer", "transformer"]
 
 LEVELS = ("layer", "transformer")
-"""`layer`: PixArt-Σ's self-attention, or the joint attention and `attn2` of one of SD3.5-M's blocks, projections
-included. `transformer`: all of it."""
-
-_BLOCKS = {"pixart_sigma": 1, "sd35_medium": 2}
-"""As many blocks as it takes for the first one to be like most: SD3.5's last emits no prompt rows."""
+"""`layer`: what EDiT replaces in one block, as PixArt-Σ's self-attention, projections included. `transformer`: all."""
 
 
 @dataclass(frozen=True)
@@ -49,22 +44,11 @@ class Subject:
         return self.attentions[0].inner_dim // self.heads
 
 
-def grid_of(side: int) -> Grid:
-    """The token grid of a square picture.
-
-    Raises:
-        EDiTModelError: the side is not a multiple of 16 pixels.
-    """
-    if side < 16 or side % 16:
-        raise EDiTModelError(f"{side} pixels cannot be drawn: sides must be multiples of 16")
-    return side // 16, side // 16
-
-
 def layer(
-    backbone: str, grid: Grid, batch: int, dtype: torch.dtype, device: torch.device, prompt: int | None = None
+    backbone: Backbone, grid: Grid, batch: int, dtype: torch.dtype, device: torch.device, prompt: int | None = None
 ) -> Subject:
     """The self-attentions of one block; the prompt is as long as a real one unless said otherwise."""
-    model = random_transformer(backbone, _BLOCKS[backbone], dtype).to(device)
+    model = random_transformer(backbone, backbone.real.like_most, dtype).to(device)
     attentions = _attentions(model, (0,))
     generator = torch.Generator().manual_seed(0)
 
@@ -72,22 +56,21 @@ def layer(
         return torch.randn(batch, tokens, attentions[0].inner_dim, generator=generator).to(device, dtype)
 
     inputs = {"x": normal(grid[0] * grid[1])}
-    if backbone == "pixart_sigma":
+    sites = identify_module(model).sites[0]
+    if "joint" in sites:
+        inputs["prompt"] = normal(prompt or backbone.real.prompt_tokens)
 
-        def call() -> tuple[Tensor, ...]:
-            return (attentions[0](inputs["x"]),)
-
-    else:
-        inputs["prompt"] = normal(prompt or PROMPT_TOKENS[backbone])
-
-        def call() -> tuple[Tensor, ...]:
-            return *attentions[0](inputs["x"], inputs["prompt"]), attentions[1](inputs["x"])
+    def call() -> tuple[Tensor, ...]:
+        rows: list[Tensor] = []
+        for site, attention in zip(sites, attentions, strict=True):
+            rows += attention(inputs["x"], inputs["prompt"]) if site == "joint" else [attention(inputs["x"])]
+        return tuple(rows)
 
     return Subject(model, "0", attentions, grid, call, inputs)
 
 
 def transformer(
-    backbone: str,
+    backbone: Backbone,
     side: int,
     batch: int,
     dtype: torch.dtype,
@@ -98,13 +81,13 @@ def transformer(
     """A whole transformer on a square picture.
 
     Raises:
-        EDiTModelError: the side is not a multiple of 16 pixels, or a bad number of blocks.
+        EDiTModelError: a size that cannot be drawn, or a bad number of blocks.
         EDiTError: a bad `layers` text.
     """
     model = random_transformer(backbone, blocks, dtype, side).to(device)
     call = partial(model, **random_inputs(model, backbone, side, batch))
     attentions = _attentions(model, parse_layers(layers, len(model.transformer_blocks)))
-    return Subject(model, layers, attentions, grid_of(side), call, {})
+    return Subject(model, layers, attentions, backbone.check_size(side, side), call, {})
 
 
 def _attentions(model: Any, blocks: tuple[int, ...]) -> list[Any]:

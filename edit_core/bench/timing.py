@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from ..backbones import Backbone
 from ..errors import EDiTError
 from ..runtime import device_name, timed
 from .contenders import Contender, contender, install, processors
 from .report import Measurement
-from .subjects import Subject, grid_of, layer, transformer
+from .subjects import Subject, layer, transformer
 
 __all__ = ["measure", "peak_memory"]
 
@@ -22,7 +23,7 @@ __all__ = ["measure", "peak_memory"]
 @torch.inference_mode()
 def measure(
     level: str,
-    backbone: str,
+    backbone: Backbone,
     side: int,
     batch: int,
     dtype: torch.dtype,
@@ -39,7 +40,7 @@ def measure(
 
     Args:
         level: `layer` or `transformer`.
-        backbone: `pixart_sigma` or `sd35_medium`.
+        backbone: whose dimensions.
         side: pixels per side of the square picture.
         batch: pictures per call.
         dtype: of weights and computation.
@@ -51,10 +52,10 @@ def measure(
         optional: whether contenders that cannot run here are left out, and named in the measurement.
 
     Raises:
-        EDiTModelError: the side is not a multiple of 16 pixels, or a bad number of blocks.
+        EDiTModelError: a size that cannot be drawn, or a bad number of blocks.
         EDiTError: a contender that does not exist, or is not optional and cannot run; a bad `layers` text.
     """
-    grid = grid_of(side)
+    grid = backbone.check_size(side, side)
     if level == "layer":
         subject = layer(backbone, grid, batch, dtype, device)
     else:
@@ -76,7 +77,7 @@ def measure(
             seconds[name].append(timed(subject.call, device)[1])
         yield Measurement(
             level=level,
-            backbone=backbone,
+            backbone=backbone.name,
             side=side,
             tokens=grid[0] * grid[1],
             batch=batch,

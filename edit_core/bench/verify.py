@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import HybridAttention, naive
+from ..backbones import Backbone
 from ..config import PRESETS
 from ..errors import EDiTResultError
 from .contenders import contender, install, processors
@@ -24,11 +25,11 @@ _GRID, _BATCH, _PROMPT = (9, 12), 2, 20  # an odd side, and small enough for qua
 
 
 @torch.inference_mode()
-def verify(backbone: str, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def verify(backbone: Backbone, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Relative errors of students' layers at the backbone's width, against :mod:`edit_core.attention.naive`.
 
     Args:
-        backbone: `pixart_sigma` or `sd35_medium`.
+        backbone: whose width.
         names: contenders; those that are no student of EDiT's are passed over.
         dtype: what the students compute in.
         device: where.
@@ -54,7 +55,7 @@ def verify(backbone: str, names: Sequence[str], dtype: torch.dtype, device: torc
         found[name] = max(_error(y, z) for y, z in zip(outputs, wanted, strict=True))
         if not found[name] <= TOLERANCES[dtype]:
             raise EDiTResultError(
-                f"{name} on {backbone} is off its specification by {found[name]:.2g}, more than the "
+                f"{name} on {backbone.name} is off its specification by {found[name]:.2g}, more than the "
                 f"{TOLERANCES[dtype]:.2g} that {str(dtype).removeprefix('torch.')} explains: its times mean nothing"
             )
     return found

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import crossover
-from ..bench import CONTENDERS, LEVELS, Measurement, draw, grid_of, measure, table, verify
+from ..bench import CONTENDERS, LEVELS, Measurement, draw, measure, table, verify
 from ..config import DEFAULT, PRESETS
 from ..errors import EDiTError
 from ..files import write_file
@@ -120,14 +120,14 @@ def _measure(options: argparse.Namespace, found: list[Measurement]) -> None:
     """Adds what the options ask for to what was found."""
     device, dtype, names = device_of(options), DTYPES[options.dtype], options.contenders or CONTENDERS
     backbones = backbones_of(options)
-    errors = {backbone: verify(backbone, names, dtype, device) if options.verify else {} for backbone in backbones}
+    errors = {one.name: verify(one, names, dtype, device) if options.verify else {} for one in backbones}
     for level, backbone, batch, side in itertools.product(options.level, backbones, options.batch, options.sizes):
         part = {"blocks": options.blocks, "layers": options.layers or "all"} if level == "transformer" else {}
         optional = options.contenders is None
         steps = measure(level, backbone, side, batch, dtype, device, options.repeats, names, optional=optional, **part)
-        for last in progress(steps, options.repeats, f"{level} {backbone} {side}²"):
+        for last in progress(steps, options.repeats, f"{level} {backbone.name} {side}²"):
             complete = last
-        found.append(dataclasses.replace(complete, errors=errors[backbone]))
+        found.append(dataclasses.replace(complete, errors=errors[backbone.name]))
         if options.save:  # after each, since the large sizes take long
             data = json.dumps([m.to_json() for m in found], indent=1) + "\n"
             write_file(Path(options.save), data.encode())
@@ -152,8 +152,8 @@ def _check(options: argparse.Namespace) -> None:
     """
     if options.repeats < 1 or min(options.batch) < 1:
         raise EDiTError("--repeats and --batch must be at least 1")
-    for side in options.sizes:
-        grid_of(side)
+    for backbone, side in itertools.product(backbones_of(options), options.sizes):
+        backbone.check_size(side, side)
     if options.crossover:
         asked = (options.level, options.contenders, options.batch)
         if asked != (["layer"], ["teacher", DEFAULT], [1]):

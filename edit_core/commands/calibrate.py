@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..backbones import CELL, identify_module
 from ..errors import EDiTError
 from ..files import new_output
 from ..runtime import DTYPES, progress
@@ -44,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Any) -> Result:
     output, prompts = new_output(options.output), read_prompts(options.prompts)
-    if options.steps < 1 or options.sampler_steps < 1 or options.size < 16 or options.size % 16:
-        raise EDiTError("--steps and --sampler-steps must be at least 1, and --size a multiple of 16")
+    if options.steps < 1 or options.sampler_steps < 1:
+        raise EDiTError("--steps and --sampler-steps must be at least 1")
     if not options.lr > 0:
         raise EDiTError("--lr must be above 0")
     try:
@@ -56,6 +57,7 @@ def run(options: Any) -> Result:
         raise EDiTError(f"calibrate needs {error.name}: install edit-attention[distill]") from None
     device, dtype = device_of(options), DTYPES[options.dtype]
     transformer = load_teacher(Path(options.model), dtype, device)
+    identify_module(transformer).backbone.check_size(options.size, options.size, transformer)  # before the encoders
     if options.weights:
         weights = EDiTWeights.load(options.weights)
     else:
@@ -77,8 +79,8 @@ def run(options: Any) -> Result:
         negative,
         steps=options.steps,
         lr=options.lr,
-        height=options.size // 8,
-        width=options.size // 8,
+        height=options.size // CELL,
+        width=options.size // CELL,
         sampler_steps=options.sampler_steps,
         guidance=options.guidance,
         seed=options.seed,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 
-from ..backbones import BACKBONES
+from ..backbones import BACKBONES, Backbone
 from ..config import CHOICES, DEFAULT, PRESETS, EDiTConfig
 from ..errors import EDiTError
 from ..runtime import DTYPES, usable_device
@@ -20,13 +21,15 @@ __all__ = [
     "add_config_arguments",
     "add_device_argument",
     "add_device_arguments",
-    "add_model_arguments",
     "add_trainable_arguments",
     "backbones_of",
     "config_of",
     "device_of",
     "read_prompts",
 ]
+
+
+_ALL = "all"
 
 
 class Result(NamedTuple):
@@ -36,13 +39,8 @@ class Result(NamedTuple):
     data: Any
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    add_backbone_argument(parser)
-    add_device_arguments(parser)
-
-
-def add_backbone_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backbone", choices=[*BACKBONES, "both"], default="both", help="which transformer")
+def add_backbone_argument(parser: argparse.ArgumentParser, names: Collection[str] = tuple(BACKBONES)) -> None:
+    parser.add_argument("--backbone", choices=[*names, _ALL], default=_ALL, help="which transformer")
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,5 +121,5 @@ def device_of(options: Any) -> torch.device:
     return usable_device(options.device)
 
 
-def backbones_of(options: Any) -> list[str]:
-    return list(BACKBONES) if options.backbone == "both" else [options.backbone]
+def backbones_of(options: Any, names: Collection[str] = tuple(BACKBONES)) -> list[Backbone]:
+    return [BACKBONES[name] for name in (names if options.backbone == _ALL else [options.backbone])]

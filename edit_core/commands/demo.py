@@ -15,21 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbones import BACKBONES
+from ..backbones import backbone_named
 from ..bench import device_name
 from ..errors import EDiTError
 from ..files import write_file
 from ..hosts.diffusers import apply_edit
 from ..runtime import DTYPES
 from ..weights import EDiTWeights
-from .common import Result, add_model_arguments, backbones_of, device_of
+from ..world import BACKBONES
+from .common import Result, add_backbone_argument, add_device_arguments, backbones_of, device_of
 
 LARGE = 1024
 """Pixels per side of the second size that is timed: the world's largest, 4096 tokens."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_backbone_argument(parser, BACKBONES)
+    add_device_arguments(parser)
     parser.add_argument("--size", type=int, default=256, help="pixels per side of what is drawn, 128 to 512")
     parser.add_argument("--pictures", type=int, default=8, help="captions that are drawn")
     parser.add_argument("--steps", type=int, default=16, help="sampling steps")
@@ -43,7 +45,7 @@ def run(options: Any) -> Result:
         raise EDiTError("--steps and --pictures must be at least 1")
     output, device = Path(options.output), device_of(options)
     output.mkdir(parents=True, exist_ok=True)
-    rows = [_compare(backbone, options, device, output) for backbone in backbones_of(options)]
+    rows = [_compare(one.name, options, device, output) for one in backbones_of(options, BACKBONES)]
     head = [
         f"The small world: {options.pictures} captions at {options.size}², {options.steps} steps, the same noise for "
         f"both; {options.dtype} on {device_name(device)}",
@@ -58,7 +60,7 @@ def run(options: Any) -> Result:
         right = ", ".join(f"{row['right'][who]:.1%}" for who in ("teacher", "student"))
         speed = row["large"]["teacher"] / row["large"]["student"]
         lines.append(
-            f"| {BACKBONES[row['backbone']].title}, small | {right} | {' | '.join(pairs)} | {speed:.2f}x | "
+            f"| {backbone_named(row['backbone']).title}, small | {right} | {' | '.join(pairs)} | {speed:.2f}x | "
             f"{'yes' if row['restored'] else 'NO'} |"
         )
     tail = ["", *(f"pictures, from above: as the captions ask, teacher, EDiT: {row['sheet']}" for row in rows)]

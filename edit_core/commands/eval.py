@@ -93,6 +93,7 @@ def run(options: Any) -> Result:
     device, dtype, model = device_of(options), DTYPES[options.dtype], Path(options.model)
     weights, file = EDiTWeights.load(options.weights), BaseFile(model)
     base = file.identify()
+    base.backbone.check_size(options.size, options.size)
     blocks = weights.choose(options.layers, base)
     beside = _Beside.of(options, base, device)
     cached = cached_batches(beside.cache, settings.samples, settings.batch) if beside.cache else []
@@ -101,7 +102,7 @@ def run(options: Any) -> Result:
     negative, encoders = encoder.encode_prompts([""]), encoder.fingerprint
     del encoder  # T5 alone is larger than the transformer
     transformer = load_teacher(model, dtype, device)
-    _check_size(transformer, options.size)
+    base.backbone.check_size(options.size, options.size, transformer)
     sampler = Sampler(model, transformer)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def run(options: Any) -> Result:
         raise EDiTError(f"{output}: this folder cannot be made ({error.strerror})") from None
     with apply_edit(transformer, weights, options.layers) as handle:
         evaluation = Evaluation(
-            sampler, handle, weights.backbone, settings, output, beside.clip, beside.inception, beside.real, cached
+            sampler, handle, base.backbone, settings, output, beside.clip, beside.inception, beside.real, cached
         )
         found = evaluation.run(conditions, negative)
     if warning := weights.warning(base, file.tensor):
@@ -182,8 +183,6 @@ def _conditions(encoder: PipelineEncoder, prompts: Sequence[str], batch: int) ->
 def _check(options: Any, output: Path) -> None:
     if (output / "eval.json").exists():
         raise EDiTError(f"{output} holds an eval.json already; choose another folder")
-    if options.size < 16 or options.size % 16:
-        raise EDiTError(f"--size {options.size}: must be a multiple of 16")
     for name in ("steps", "seeds", "batch", "samples"):
         if getattr(options, name) < 1:
             raise EDiTError(f"--{name} must be at least 1")
@@ -193,12 +192,6 @@ def _check(options: Any, output: Path) -> None:
         raise EDiTError("--images is compared in the features of --clip or --inception; give one of them")
     if options.resolution and not options.cache:
         raise EDiTError("--resolution is one of a cache's; give --cache too")
-
-
-def _check_size(transformer: Any, size: int) -> None:
-    most = 16 * getattr(transformer.config, "pos_embed_max_size", size)  # SD3.5's table of positions; PixArt-Σ has none
-    if size > most:
-        raise EDiTError(f"--size {size}: this model draws at most {most} pixels per side")
 
 
 def _base(base: Base, file: BaseFile) -> dict[str, Any]:

@@ -32,8 +32,9 @@ def run(options: Any) -> Result:
         "blocks": base.depth,
         "dim": base.dim,
         "base_hash": fingerprint(base, file.tensor),
+        "doubt": base.doubt,
     }
-    return Result(f"{path}: {base}", data)
+    return Result(f"{path}: {base}" + (f"; {base.doubt}" if base.doubt else ""), data)
 
 
 def _weights(path: Path, base_path: str | None) -> Result:

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from ..backbones import CELL, Backbone, backbone_named
 from ..errors import EDiTError
 from ..hosts.diffusers import apply_edit
 from ..weights import EDiTWeights
 from .losses import TransferTap
-from .objective import call_arguments, prediction
 from .transfer import frozen, trained_weights, transfer
 
 __all__ = ["calibrate"]
@@ -58,16 +57,18 @@ def calibrate(
         the trained weights, and each step's mean relative error.
 
     Raises:
-        EDiTError: no condition, or an error that is not finite.
+        EDiTError: no condition, a size that the teacher cannot draw, or an error that is not finite.
     """
     if not conditions:
         raise EDiTError("calibrate needs at least one prompt")
+    backbone = backbone_named(weights.backbone)
+    backbone.check_size(height * CELL, width * CELL, transformer)
     with apply_edit(transformer, weights) as handle, frozen(transformer):
         for trained in (handle.sides, handle.differences):
             trained.float().requires_grad_(True)
         parameters = handle.trainable()
         shape = (1, transformer.config.in_channels, height, width)
-        drawing = _draw(transformer, weights.backbone, conditions, negative, shape, sampler_steps, guidance, seed)
+        drawing = _draw(transformer, backbone, conditions, negative, shape, sampler_steps, guidance, seed)
 
         def teach(tap: TransferTap) -> None:
             handle.tap = tap
@@ -83,7 +84,7 @@ def calibrate(
 
 def _draw(
     transformer: Any,
-    backbone: str,
+    backbone: Backbone,
     conditions: Sequence[Mapping[str, Tensor]],
     negative: Mapping[str, Tensor],
     shape: tuple[int, ...],
@@ -93,24 +94,18 @@ def _draw(
 ) -> Iterator[None]:
     """Samples for ever, picture after picture and prompt after prompt; every `next` is one step of the sampling."""
     device, dtype = transformer.device, transformer.dtype
-    scheduler = _sampler(backbone)
+    scheduler = backbone.objective.scheduler()
     for picture in itertools.count():
         scheduler.set_timesteps(sampler_steps)
         latent = torch.randn(shape, generator=torch.Generator().manual_seed(seed + picture)).to(device)  # (1, c, h, w)
         both = _pair(conditions[picture % len(conditions)], negative)
         for time in scheduler.timesteps:
             twice = latent.expand(2, -1, -1, -1).to(dtype)
-            arguments = call_arguments(backbone, twice, time.expand(2).to(device), both, device)
+            arguments = backbone.call_arguments(twice, time.expand(2).to(device), both, device)
             with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
-                guided, plain = prediction(backbone, transformer(**arguments)[0]).float().chunk(2)
+                guided, plain = backbone.objective.prediction(transformer(**arguments)[0]).float().chunk(2)
             latent = scheduler.step(plain + guidance * (guided - plain), time, latent).prev_sample
             yield
-
-
-def _sampler(backbone: str) -> Any:
-    if backbone == "pixart_sigma":
-        return DDIMScheduler(beta_start=0.0001, beta_end=0.02, clip_sample=False, set_alpha_to_one=False)
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 def _pair(condition: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:

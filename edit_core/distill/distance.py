@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbones import Backbone
 from ..hosts.diffusers import EDiTHandle
+from ..objective import Weighting
 from .losses import TransferTap, relative_error
-from .objective import Weighting, call_arguments, noise_batch, prediction
 
 __all__ = ["Distance", "teacher_distance"]
 
@@ -34,7 +35,7 @@ class Distance:
 def teacher_distance(
     transformer: Any,
     handle: EDiTHandle,
-    backbone: str,
+    backbone: Backbone,
     batches: Iterable[Mapping[str, Tensor]],
     seed: int = 0,
     weighting: Weighting | None = None,
@@ -45,12 +46,13 @@ def teacher_distance(
     Args:
         transformer: what `handle` was applied to, a diffusers transformer.
         handle: the student; its tap is put back afterwards.
-        backbone: `pixart_sigma` or `sd35_medium`.
+        backbone: what it is of.
         batches: as :meth:`CachedLatents.collate` gives them, with `latent (B, c, h, w)`.
         seed: seeds noise and times: equal seeds compare students fairly.
-        weighting: of the times, as :func:`~edit_core.distill.objective.noise_batch` draws them.
+        weighting: of the times, as :meth:`~edit_core.objective.Objective.noise_batch` draws them.
         shift: of the times.
     """
+    objective = backbone.objective
     device, dtype, before = transformer.device, transformer.dtype, handle.tap
     attentions: dict[str, list[Tensor]] = {}
     predictions: list[Tensor] = []
@@ -59,15 +61,15 @@ def teacher_distance(
         for batch in batches:
             latent = batch["latent"].to(device, dtype)  # (B, c, h, w)
             generators = [torch.Generator().manual_seed(seed + pictures + i) for i in range(len(latent))]
-            noised = noise_batch(backbone, latent, generators, weighting, shift)
+            noised = objective.noise_batch(latent, generators, weighting, shift)
             condition = {name: value for name, value in batch.items() if name != "latent"}
-            arguments = call_arguments(backbone, noised.latent, noised.timestep, condition, device)
+            arguments = backbone.call_arguments(noised.latent, noised.timestep, condition, device)
             with torch.autocast(device.type, dtype, dtype != torch.float32):
                 tap = TransferTap(None)
                 handle.tap = tap
-                teacher = prediction(backbone, transformer(**arguments)[0])
+                teacher = objective.prediction(transformer(**arguments)[0])
                 handle.tap = None
-                student = prediction(backbone, transformer(**arguments)[0])
+                student = objective.prediction(transformer(**arguments)[0])
             for key, loss in tap.losses.items():
                 attentions.setdefault(key, []).append(loss * len(latent))
             predictions.append(relative_error(student, teacher) * len(latent))

@@ -15,20 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..backbones import BACKBONES, CELL, Backbone, backbone_named
+from ..basefile import BaseFile
 from ..errors import EDiTModelError
 
 __all__ = ["CELL", "Encoder", "PipelineEncoder", "quiet"]
 
-CELL = 8
-"""Pixels per side of a latent cell, for both backbones."""
-
-_PIPELINES = {
-    "PixArtSigmaPipeline": ("pixart_sigma", ("vae", "text_encoder", "tokenizer")),
-    "StableDiffusion3Pipeline": (
-        "sd35_medium",
-        ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
-    ),
-}
 _SAMPLES = 16  # values per tensor in a fingerprint
 
 
@@ -36,7 +28,7 @@ class Encoder(Protocol):
     """What a cache is made with."""
 
     backbone: str
-    """`pixart_sigma` or `sd35_medium`."""
+    """Its name."""
     dtype: torch.dtype
     """Of the text embeddings."""
 
@@ -48,14 +40,12 @@ class Encoder(Protocol):
         """(B, 3, 8h, 8w) uint8 -> (B, c, h, w) on the CPU, scaled and shifted as the transformer takes them."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """`prompt_embeds` (B, T, C), and `prompt_mask` (B, T) bool (PixArt-Σ) or `pooled` (B, P) (SD3.5); on the CPU.
-
-        T is the same for every prompt.
-        """
+        """What the backbone's prompts become, on the CPU: `prompt_embeds` (B, T, C), and such as `prompt_mask` (B, T)
+        bool or `pooled` (B, P). T is the same for every prompt."""
 
 
 class PipelineEncoder:
-    """The VAE and the text encoders of a PixArt-Σ or SD3.5 pipeline's folder; the transformer is not loaded.
+    """The VAE and the text encoders of a pipeline's folder; the transformer is not loaded.
 
     Prompts go through the pipeline's own `encode_prompt`, so that a cache holds what the pipeline would draw with.
     Nothing is fetched, and nothing is unpickled.
@@ -72,8 +62,8 @@ class PipelineEncoder:
 
     def __init__(self, folder: str | Path, device: torch.device, dtype: torch.dtype) -> None:
         self.folder, self.device, self.dtype = Path(folder), device, dtype
-        pipeline_class = _check_folder(self.folder)
-        self.backbone = _PIPELINES[pipeline_class][0]
+        pipeline_class, backbone = _check_folder(self.folder)
+        self.backbone = backbone.name
         try:
             import diffusers
             import transformers  # noqa: F401 - diffusers replaces what it cannot import by stubs that fail later
@@ -105,7 +95,7 @@ class PipelineEncoder:
         """A digest of the VAE's factors, the vocabularies, and a few values of every tensor."""
         config = self.vae.config
         digest = hashlib.sha256(f"{self.backbone} {config.scaling_factor} {config.shift_factor}".encode())
-        for name in _PIPELINES[type(self.pipeline).__name__][1]:
+        for name in backbone_named(self.backbone).parts:
             part = getattr(self.pipeline, name)
             if name.startswith("tokenizer"):
                 digest.update(json.dumps(sorted(part.get_vocab().items())).encode())
@@ -127,17 +117,10 @@ class PipelineEncoder:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """See :meth:`Encoder.encode_prompts`. T is 300 (PixArt-Σ), or 77 + 256 (SD3.5)."""
-        texts = list(prompts)
-        settings: dict[str, Any] = {"do_classifier_free_guidance": False, "device": self.device}
+        """See :meth:`Encoder.encode_prompts`. T is that of a whole prompt, such as PixArt-Σ's 300."""
         with quiet():  # every long caption would be quoted, since CLIP takes 77 tokens of it
-            if self.backbone == "pixart_sigma":
-                embeds, mask, _, _ = self.pipeline.encode_prompt(texts, **settings)
-                other = {"prompt_mask": mask.bool().cpu()}
-            else:
-                embeds, _, pooled, _ = self.pipeline.encode_prompt(texts, None, None, **settings)
-                other = {"pooled": self._finite("text encoders", pooled)}
-        return {"prompt_embeds": self._finite("text encoders", embeds), **other}
+            found = backbone_named(self.backbone).encode(self.pipeline, list(prompts), self.device)
+        return {name: self._finite("text encoders", value) for name, value in found.items()}
 
     def _finite(self, part: str, tensor: Tensor) -> Tensor:
         if not bool(tensor.isfinite().all()):
@@ -147,41 +130,61 @@ class PipelineEncoder:
         return tensor.cpu()
 
 
-def _check_folder(folder: Path) -> str:
-    """The pipeline's class, once everything that is needed is known to be there.
+def _check_folder(folder: Path) -> tuple[str, Backbone]:
+    """The pipeline's class and what its transformer is, once everything that is needed is known to be there."""
+    index = _read_index(folder)
+    pipeline_class = index["_class_name"]
+    backbone = _backbone_of(folder, pipeline_class)
+    missing = [part for part in backbone.parts if index.get(part, [None])[0] is None or not (folder / part).is_dir()]
+    if missing:
+        raise EDiTModelError(
+            f"{folder}: a cache needs {', '.join(backbone.parts)}, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; found {_listing(folder)}"
+        )
+    for part in backbone.parts:
+        if part.startswith("tokenizer"):
+            _check_vocabulary(folder / part)
+    return pipeline_class, backbone
 
-    transformers makes an empty vocabulary without a word where a tokenizer's files are missing.
-    """
-    index = folder / "model_index.json"
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
     try:
-        content = json.loads(index.read_text("utf-8"))
-        pipeline_class = content["_class_name"]
+        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        content["_class_name"] = str(content["_class_name"])
     except FileNotFoundError:
         raise EDiTModelError(
             f"{folder}: not a diffusers pipeline's folder, which has a model_index.json; found {_listing(folder)}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EDiTModelError(f"{index}: cannot be read ({error})") from None
-    if pipeline_class not in _PIPELINES:
-        raise EDiTModelError(f"{folder}: is a {pipeline_class}, and a cache needs {' or '.join(_PIPELINES)}")
-    parts = _PIPELINES[pipeline_class][1]
-    missing = [part for part in parts if content.get(part, [None])[0] is None or not (folder / part).is_dir()]
-    for part in parts:
-        if part.startswith("tokenizer") and part not in missing:
-            files = {path.name for path in (folder / part).iterdir()}
-            if not files & {"tokenizer.json", "spiece.model"} and not {"vocab.json", "merges.txt"} <= files:
-                raise EDiTModelError(f"{folder / part}: holds no vocabulary; found {_listing(folder / part)}")
-            # An optional library of transformers', without which its error speaks of another one, tiktoken.
-            if "tokenizer.json" not in files and "spiece.model" in files:
-                for module, name in (("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")):
-                    if not _installed(module):
-                        raise EDiTModelError(f"{folder / part}: spiece.model needs {name}: install it")
-    if missing:
-        raise EDiTModelError(
-            f"{folder}: a cache needs {', '.join(parts)}, but {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing; found {_listing(folder)}"
-        )
-    return str(pipeline_class)
+        raise EDiTModelError(f"{path}: cannot be read ({error})") from None
+    return content
+
+
+def _backbone_of(folder: Path, pipeline_class: str) -> Backbone:
+    """What a pipeline of this class draws with; where it can draw with several, the transformer's files tell."""
+    able = [backbone for backbone in BACKBONES.values() if pipeline_class in backbone.pipelines]
+    if not able:
+        known = dict.fromkeys(backbone.pipelines[0] for backbone in BACKBONES.values())
+        raise EDiTModelError(f"{folder}: is a {pipeline_class}, and a cache needs {' or '.join(known)}")
+    if len(able) == 1:
+        return able[0]
+    base = BaseFile(folder).identify()
+    if base.backbone not in able:
+        raise EDiTModelError(f"{folder}: is a {pipeline_class}, but its transformer is {base}")
+    return base.backbone
+
+
+def _check_vocabulary(tokenizer: Path) -> None:
+    """transformers makes an empty vocabulary without a word where a tokenizer's files are missing."""
+    files = {path.name for path in tokenizer.iterdir()}
+    if not files & {"tokenizer.json", "spiece.model"} and not {"vocab.json", "merges.txt"} <= files:
+        raise EDiTModelError(f"{tokenizer}: holds no vocabulary; found {_listing(tokenizer)}")
+    # An optional library of transformers', without which its error speaks of another one, tiktoken.
+    if "tokenizer.json" not in files and "spiece.model" in files:
+        for module, name in (("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")):
+            if not _installed(module):
+                raise EDiTModelError(f"{tokenizer}: spiece.model needs {name}: install it")
 
 
 def _installed(module: str) -> bool:

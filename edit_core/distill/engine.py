@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__
+from ..backbones import backbone_named
 from ..errors import EDiTError, said
 from ..hosts.diffusers import EDiTHandle, apply_edit
 from ..runtime import DTYPES
@@ -92,10 +93,9 @@ class Engine:
         optimizer = self._optimizer(config.stages[0])
         self.learner = Learner(self.parameters, optimizer, self.device, scaled=config.precision == "float16")
         empty_prompt, dtype = CachedLatents.empty_prompt(config.cache), DTYPES[config.precision]
-        self.student = Student(
-            self.transformer, self.handle, self.weights.backbone, self.learner, empty_prompt, self.device, dtype
-        )
-        self.watcher = Watcher(config, self.transformer, self.handle, self.weights.backbone, empty_prompt)
+        backbone = backbone_named(self.weights.backbone)
+        self.student = Student(self.transformer, self.handle, backbone, self.learner, empty_prompt, self.device, dtype)
+        self.watcher = Watcher(config, self.transformer, self.handle, backbone, empty_prompt)
 
     # --- the loop ---
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..backbones import Backbone
 from ..errors import EDiTError
 from ..files import write_file
 from ..hosts.diffusers import EDiTHandle
@@ -70,7 +71,7 @@ class Evaluation:
     Args:
         sampler: draws with the transformer that `handle` was applied to.
         handle: the student; its tap is None again afterwards.
-        backbone: `pixart_sigma` or `sd35_medium`.
+        backbone: what it is of.
         settings: what to draw.
         output: an existing folder; pictures go to `pictures/` in it, `grid.png` beside it.
         clip: for CLIP scores, CMMD and FID in CLIP's features.
@@ -84,7 +85,7 @@ class Evaluation:
         self,
         sampler: Sampler,
         handle: EDiTHandle,
-        backbone: str,
+        backbone: Backbone,
         settings: Settings,
         output: Path,
         clip: ClipFeatures | None = None,

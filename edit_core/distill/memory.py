@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..backbones import Base, BaseLinear
 from ..basefile import BaseFile
 from ..layers import parse_layers
 from ..runtime import DTYPES
@@ -16,12 +17,8 @@ from .stages import Stage, TransferStage
 
 __all__ = ["Estimate", "estimate"]
 
-# Bytes that autograd keeps per image token and channel, in bfloat16 at 1024 tokens with a whole prompt, counted by
-# `saved_tensors_hooks` on layers of real dimensions: of one attention's graph, and of one block's.
-_GRAPH = {"pixart_sigma": (24, 41), "sd35_medium": (44, 74)}
 _WORKING = 24  # of what a block holds while it runs without a graph: MLP, projections, the teacher's attention
 _STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # bytes of optimiser state per trained weight
-_PATCH = 16  # pixels per side of a token
 # Of previews: the VAE, and what its decoder holds per pixel of the one picture that it works on, both in float32;
 # counted on SDXL's, whose decoder SD3.5's shares.
 _VAE, _DECODER = 335_000_000, 4000
@@ -73,9 +70,8 @@ def estimate(config: RunConfig, world: int = 1, sharded: bool = False) -> list[E
     side = build_sides(base.dim, sites, config.edit_config(), device=torch.device("meta"))
     count = sum(p.numel() for p in side.parameters())
     if config.trainable != "side":
-        linears = sum(len(base.linears(block)) for block in blocks)
-        per_linear = 2 * base.dim * config.rank if config.trainable == "low_rank" else base.dim * (base.dim + 1)
-        count += linears * per_linear
+        rank = config.rank if config.trainable == "low_rank" else None
+        count += sum(_difference(base, linear, rank) for block in blocks for linear in base.linears(block))
     trained = count * (4 + 4 + (4 if config.ema else 0) + _STATES[config.optimizer])
     attentions = sum(len(names) for names in sites.values())
     return [
@@ -83,33 +79,39 @@ def estimate(config: RunConfig, world: int = 1, sharded: bool = False) -> list[E
             f"{stage.kind} at {stage.resolution}, {_micro_batch(stage, world)} pictures at a time",
             weights + (_VAE if config.watch.preview_every else 0),
             trained,
-            _activations(stage, world, base.backbone.name, base.depth, attentions) * base.dim * element // 2,
-            _previews(config, stage, base.dim * element // 2),
+            _activations(stage, world, base, attentions) * base.dim * element // 2,
+            _previews(config, stage, base.backbone.token, base.dim * element // 2),
         )
         for stage in config.stages
     ]
 
 
-def _activations(stage: Stage, world: int, backbone: str, depth: int, attentions: int) -> int:
+def _activations(stage: Stage, world: int, base: Base, attentions: int) -> int:
     """Bytes per channel."""
-    tokens = _micro_batch(stage, world) * (stage.resolution // _PATCH) ** 2
-    attention, block = _GRAPH[backbone]
+    tokens = _micro_batch(stage, world) * (stage.resolution // base.backbone.token) ** 2
+    real = base.backbone.real
     if isinstance(stage, TransferStage):
-        return tokens * (attention + _WORKING)
+        return tokens * (real.attention_graph + _WORKING)
     if stage.guidance:
         tokens *= 2
     kept = 2 * attentions  # the teacher's attention outputs
     if stage.gradient_checkpointing:
-        return tokens * (kept + 2 * depth + block + _WORKING)
-    return tokens * (kept + block * depth + _WORKING)
+        return tokens * (kept + 2 * base.depth + real.block_graph + _WORKING)
+    return tokens * (kept + real.block_graph * base.depth + _WORKING)
 
 
-def _previews(config: RunConfig, stage: Stage, channels: int) -> int:
+def _previews(config: RunConfig, stage: Stage, side: int, channels: int) -> int:
     watch = config.watch
     if not watch.preview_every:
         return 0
-    drawn = 2 * min(watch.preview_pictures, watch.held_out) * (stage.resolution // _PATCH) ** 2  # tokens, guided
+    drawn = 2 * min(watch.preview_pictures, watch.held_out) * (stage.resolution // side) ** 2  # tokens, guided
     return max(_WORKING * drawn * channels, _DECODER * stage.resolution**2)
+
+
+def _difference(base: Base, linear: BaseLinear, rank: int | None) -> int:
+    """Numbers in a difference on a linear, in full where it has no rank."""
+    rows, columns = base.shape(linear.name)
+    return rows * columns + rows * linear.bias if rank is None else (rows + columns) * rank
 
 
 def _micro_batch(stage: Stage, world: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbones import BACKBONES, identify_module
+from ..backbones import backbone_named, identify_module
 from ..bench import device_name
 from ..errors import EDiTError
 from ..hosts.diffusers import EDiTHandle, apply_edit
@@ -116,7 +116,7 @@ class Plan:
     def __str__(self) -> str:
         times = self.times
         lines = [
-            f"{BACKBONES[self.backbone].title}, {self.size}² pixels, {self.dtype}, {self.device}; errors over "
+            f"{backbone_named(self.backbone).title}, {self.size}² pixels, {self.dtype}, {self.device}; errors over "
             f"{self.pictures} noised pictures",
             f"a call: teacher {1e3 * times.teacher:.2f} ms, all of these blocks linear {1e3 * times.student:.2f} ms, "
             f"{times.teacher / times.student:.2f}×",
@@ -224,7 +224,12 @@ class _Sets:
         blocks = frozenset(blocks)
         with apply_edit(self.transformer, self.weights, format_layers(blocks)) as handle:
             found = teacher_distance(
-                self.transformer, handle, self.weights.backbone, self.batches, self.seed, shift=self.shift
+                self.transformer,
+                handle,
+                backbone_named(self.weights.backbone),
+                self.batches,
+                self.seed,
+                shift=self.shift,
             )
         if not math.isfinite(found.prediction):
             raise EDiTError(
@@ -352,7 +357,7 @@ def measure_times(transformer: Any, weights: EDiTWeights, size: int, repeats: in
         EDiTError: the transformer cannot draw that size.
         EDiTWeightsError: the weights do not fit.
     """
-    inputs = _inputs(transformer, weights.backbone, size)
+    inputs = random_inputs(transformer, backbone_named(weights.backbone), size, batch=1)
     with apply_edit(transformer, weights) as handle:
         watch = _Stopwatch(transformer.device)
         handle.tap = watch
@@ -380,7 +385,8 @@ def step_speed(transformer: Any, weights: EDiTWeights, size: int, repeats: int, 
         EDiTError: as :func:`measure_times` and :func:`~edit_core.apply_edit` do.
     """
     with apply_edit(transformer, weights, layers) as handle:
-        teacher, student = call_times(transformer, handle, _inputs(transformer, weights.backbone, size), repeats)
+        inputs = random_inputs(transformer, backbone_named(weights.backbone), size, batch=1)
+        teacher, student = call_times(transformer, handle, inputs, repeats)
     return teacher / student
 
 
@@ -412,10 +418,3 @@ class _Stopwatch:
             outputs[kind], seconds = timed(calls[kind], self.device)
             self.seconds.setdefault((kind, key), []).append(seconds)
         return outputs["dense"]
-
-
-def _inputs(transformer: Any, backbone: str, size: int) -> dict[str, Any]:
-    most = 16 * transformer.config.get("pos_embed_max_size", size)  # SD3.5's table of positions has an end
-    if size > most:
-        raise EDiTError(f"this transformer draws at most {most}² pixels, not {size}²")
-    return random_inputs(transformer, backbone, size, batch=1)

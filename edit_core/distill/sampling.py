@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..backbones import CELL, identify_module
 from ..errors import EDiTModelError
-from .encoders import CELL, quiet
+from .encoders import quiet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,9 +29,9 @@ class Sampler:
     Nothing is fetched, and nothing is unpickled.
 
     Args:
-        folder: a PixArt-Σ or SD3.5 pipeline's folder, of which the scheduler and the VAE (in float32) are loaded.
-        transformer: a `PixArtTransformer2DModel` or `SD3Transformer2DModel`, which is used as it is at each call: with
-            EDiT applied it draws the student's pictures, with the handle's tap at `dense_tap` the teacher's.
+        folder: a pipeline's folder, of which the scheduler and the VAE (in float32) are loaded.
+        transformer: of diffusers, which is used as it is at each call: with EDiT applied it draws the student's
+            pictures, with the handle's tap at `dense_tap` the teacher's.
 
     Raises:
         EDiTModelError: the scheduler or the VAE is missing or cannot be loaded.
@@ -38,18 +39,13 @@ class Sampler:
 
     def __init__(self, folder: Path, transformer: Any) -> None:
         with quiet():  # importing pipelines, transformers names every optional library that is not there
-            from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel, StableDiffusion3Pipeline
+            import diffusers.pipelines  # noqa: F401
 
-        self.transformer = transformer
-        self.scheduler = _scheduler(folder)
-        self.vae = _vae(folder).to(transformer.device)
-        self._pixart = isinstance(transformer, PixArtTransformer2DModel)
-        if self._pixart:
-            pipeline: Any = PixArtSigmaPipeline(None, None, self.vae, transformer, self.scheduler)
-        else:
-            pipeline = StableDiffusion3Pipeline(
-                transformer, self.scheduler, self.vae, None, None, None, None, None, None
-            )
+            self.backbone = identify_module(transformer).backbone
+            self.transformer = transformer
+            self.scheduler = _scheduler(folder)
+            self.vae = _vae(folder).to(transformer.device)
+            pipeline = self.backbone.make_pipeline(transformer, self.scheduler, self.vae)
         if pipeline.vae_scale_factor != CELL:
             raise EDiTModelError(
                 f"{folder}: its VAE makes one cell of {pipeline.vae_scale_factor} pixels, not of {CELL}"
@@ -73,34 +69,31 @@ class Sampler:
         the dtype nor the other pictures of the batch.
 
         Args:
-            condition: of B prompts, as samples of a cache are batched: `prompt_embeds (B, T, C)`, and
-                `prompt_mask (B, T)` (PixArt-Σ) or `pooled (B, P)` (SD3.5).
+            condition: of B prompts, as samples of a cache are batched: `prompt_embeds (B, T, C)` and what else the
+                backbone's prompts become.
             negative: the same for the negative prompts; one, `(1, ...)`, may serve them all.
             seeds: B of them.
-            height: in latent cells, a multiple of 2.
-            width: in latent cells, a multiple of 2.
+            height: in latent cells.
+            width: in latent cells.
             steps: of the sampling.
             guidance: scale of classifier-free guidance; up to 1 there is none, and the negative prompt is not used.
 
         Returns:
             latents `(B, c, height, width)`, float32, on the transformer's device.
+
+        Raises:
+            EDiTModelError: the transformer cannot draw this size.
         """
+        self.backbone.check_size(height * CELL, width * CELL, self.transformer)
         device, dtype = self.transformer.device, self.transformer.dtype
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = (self.transformer.config.in_channels, height, width)
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, c, h, w)
-        arguments: dict[str, Any] = {
-            "prompt_embeds": condition["prompt_embeds"].to(device, dtype),
-            "negative_prompt_embeds": self._spread(negative["prompt_embeds"], len(seeds)).to(device, dtype),
-        }
-        if self._pixart:
-            arguments["prompt_attention_mask"] = condition["prompt_mask"].to(device)
-            arguments["negative_prompt_attention_mask"] = self._spread(negative["prompt_mask"], len(seeds)).to(device)
-            # Its default is a text, which may not come with embeddings; binning would change the size.
-            arguments.update(negative_prompt=None, use_resolution_binning=False)
-        else:
-            arguments["pooled_prompt_embeds"] = condition["pooled"].to(device, dtype)
-            arguments["negative_pooled_prompt_embeds"] = self._spread(negative["pooled"], len(seeds)).to(device, dtype)
+
+        def ready(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            spread = {name: value.expand(len(seeds), *value.shape[1:]) for name, value in values.items()}
+            return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in spread.items()}
+
         latents: Tensor = self.pipeline(
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -109,7 +102,7 @@ class Sampler:
             latents=noise.to(dtype),
             generator=generators,  # schedulers that add noise on the way go on with the picture's own
             output_type="latent",
-            **arguments,
+            **self.backbone.draw_arguments(ready(condition), ready(negative)),
         ).images
         return latents.float()
 
@@ -123,10 +116,6 @@ class Sampler:
                 image = self.vae.decode(latent / config.scaling_factor + (config.shift_factor or 0.0)).sample
                 pictures.append(((image / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu())
         return torch.cat(pictures)
-
-    @staticmethod
-    def _spread(value: Tensor, count: int) -> Tensor:
-        return value.expand(count, *value.shape[1:])
 
 
 def grid(rows: Sequence[Tensor]) -> Image:

@@ -15,9 +15,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from ..backbones import Backbone
 from ..hosts.diffusers import EDiTHandle
+from ..objective import Noised, Weighting
 from .losses import FeatureTap, weighted_mse
-from .objective import Noised, Weighting, call_arguments, noise_batch, prediction, task_target
 from .optimizer import Learner
 from .transfer import transfer_step
 
@@ -40,7 +41,7 @@ class Student:
     """The teacher, a diffusers transformer with the student applied."""
     handle: EDiTHandle
     """The student."""
-    backbone: str
+    backbone: Backbone
     learner: Learner
     empty_prompt: dict[str, Tensor]
     """A sample's tensors of the empty prompt."""
@@ -117,7 +118,7 @@ class StageBase(Strict):
     ) -> tuple[Tensor, Noised, dict[str, Tensor]]:
         """A micro-batch's latents, these with noise, and its conditions, some captions replaced by the empty one."""
         latent = batch["latent"].to(student.device, student.dtype)  # (B, c, h, w)
-        condition = {name: batch[name] for name in batch if name in ("prompt_embeds", "prompt_mask", "pooled")}
+        condition = {name: value for name, value in batch.items() if name != "latent"}
         drop = [float(torch.rand(1, generator=g)) < self.caption_dropout for g in generators]
         if any(drop):
             empty = student.empty_prompt
@@ -125,7 +126,8 @@ class StageBase(Strict):
                 name: torch.stack([empty[name] if d else value for d, value in zip(drop, values, strict=True)])
                 for name, values in condition.items()
             }
-        return latent, noise_batch(student.backbone, latent, generators, self.weighting, self.shift), condition
+        noised = student.backbone.objective.noise_batch(latent, generators, self.weighting, self.shift)
+        return latent, noised, condition
 
 
 class TransferStage(StageBase):
@@ -145,7 +147,7 @@ class TransferStage(StageBase):
             generators: one per sample, on the CPU.
         """
         _, noised, condition = self._noised(student, batch, generators)
-        arguments = call_arguments(student.backbone, noised.latent, noised.timestep, condition, student.device)
+        arguments = student.backbone.call_arguments(noised.latent, noised.timestep, condition, student.device)
         loss = transfer_step(student.learner, lambda tap: student.call(arguments, tap, grad=False), self.accumulation)
         return {"loss": loss}
 
@@ -183,6 +185,7 @@ class DistillStage(StageBase):
             generators: one per sample, on the CPU.
         """
         backbone, device = student.backbone, student.device
+        objective = backbone.objective
         latent, noised, condition = self._noised(student, batch, generators)
         seen, time, scale = noised.latent, noised.timestep, None
         if self.guidance:
@@ -191,12 +194,12 @@ class DistillStage(StageBase):
             scale = (low + (high - low) * draws).to(device).view(-1, 1, 1, 1)
             condition = {k: torch.cat([v, student.empty_prompt[k].expand_as(v)]) for k, v in condition.items()}
             seen, time = torch.cat([seen, seen]), torch.cat([time, time])  # (2B, c, h, w), (2B,)
-        arguments = call_arguments(backbone, seen, time, condition, device)
+        arguments = backbone.call_arguments(seen, time, condition, device)
         features = FeatureTap()
-        wanted = prediction(backbone, student.call(arguments, features.teacher, grad=False)).float()
+        wanted = objective.prediction(student.call(arguments, features.teacher, grad=False)).float()
         with student.training(self.gradient_checkpointing):
-            found = prediction(backbone, student.call(arguments, features.student, grad=True)).float()
-            target = task_target(backbone, latent, noised).float()
+            found = objective.prediction(student.call(arguments, features.student, grad=True)).float()
+            target = objective.target(latent, noised).float()
             losses = {
                 "task": weighted_mse(found[: len(latent)], target, noised.weight),
                 "prediction": weighted_mse(found, wanted, noised.weight, scale),

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..backbones import Backbone
 from ..hosts.diffusers import EDiTHandle
 from .config import RunConfig
 from .dataset import CachedLatents
@@ -24,7 +25,7 @@ class Watcher:
         config: the training's.
         transformer: the teacher, with the student applied.
         handle: the student.
-        backbone: `pixart_sigma` or `sd35_medium`.
+        backbone: what the teacher is of.
         empty_prompt: a sample's tensors of the empty prompt.
 
     Raises:
@@ -32,7 +33,12 @@ class Watcher:
     """
 
     def __init__(
-        self, config: RunConfig, transformer: Any, handle: EDiTHandle, backbone: str, empty_prompt: dict[str, Tensor]
+        self,
+        config: RunConfig,
+        transformer: Any,
+        handle: EDiTHandle,
+        backbone: Backbone,
+        empty_prompt: dict[str, Tensor],
     ) -> None:
         self.config, self.transformer, self.handle = config, transformer, handle
         self.backbone, self.empty_prompt = backbone, empty_prompt

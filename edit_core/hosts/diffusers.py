@@ -16,11 +16,14 @@ from ..errors import EDiTModelError
 from ..layers import format_layers
 from ..weights import EDiTWeights
 from ..weights.differences import PREFIX, module_tree
-from .processors import Processor, Tap
+from .processors import JointProcessor, Processor, SelfProcessor, Tap
 
 __all__ = ["EDiTHandle", "apply_edit"]
 
 logger = logging.getLogger(__name__)
+
+PROCESSORS: dict[str, type[Processor]] = {"self": SelfProcessor, "joint": JointProcessor}
+"""By site."""
 
 
 class EDiTHandle:
@@ -160,8 +163,7 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_
         for site, side in sides[str(block)].items():  # type: ignore[operator]
             own = {x.name: changes[x.diffusers] for x in base.backbone.linears(block, site) if x.diffusers in changes}
             attention = transformer.get_submodule(base.backbone.diffusers_path(block, site))
-            processor = base.backbone.diffusers_processor(site)
-            handle.install(f"{block}.{site}", attention, processor, side, nn.ModuleDict(own))
+            handle.install(f"{block}.{site}", attention, PROCESSORS[site], side, nn.ModuleDict(own))
     dense = set(range(base.depth)) - set(blocks)
     if dense:
         logger.info("EDiT: blocks %s stay dense: not listed or without weights", format_layers(dense))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention import EDiTAttention, Grid, HybridAttention, Projections, naive
+from ..backbones import BACKBONES
 from ..bench.verify import TOLERANCES
 from ..config import EDiTConfig
 from ..runtime import timed
@@ -17,7 +18,7 @@ from .choice import PARTS, remember, using
 
 __all__ = ["GRIDS", "WIDTHS", "Outcome", "measure"]
 
-WIDTHS = {"pixart_sigma": (1152, 16), "sd35_medium": (1536, 24)}
+WIDTHS = {name: (backbone.real.channels, backbone.real.heads) for name, backbone in BACKBONES.items()}
 """Channels and heads of the real models."""
 GRIDS: tuple[Grid, ...] = ((32, 32), (64, 64), (128, 128))
 """Pictures of 512² to 2048² pixels."""
@@ -56,7 +57,7 @@ def measure(
     Args:
         device: where; a CUDA device, or the CPU in Triton's interpreter.
         dtype: float32, float16 or bfloat16.
-        backbone: `pixart_sigma` or `sd35_medium`, whose widths are taken.
+        backbone: the name of the one whose widths are taken.
         grids: the sizes to win at.
 
     Raises:

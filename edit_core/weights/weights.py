@@ -270,7 +270,7 @@ class EDiTWeights:
         for block, sites in enumerate(base.sites):
             output = next(x for x in base.backbone.linears(block, sites[0]) if x.name == "to_out")
             bias = self.tensors.get(f"{PREFIX}{output.diffusers}.bias", torch.zeros(base.dim))
-            biases[base.prefix + base.backbone.output_bias(base, block)] = bias
+            biases[base.sampled(block)] = bias
         return _encoded(_decoded(self.base_hash) + _decoded(fingerprint(base, biases.__getitem__)))
 
     def metadata(self) -> dict[str, str]:
@@ -498,7 +498,7 @@ def fingerprint(base: Base, tensor: Callable[[str], Tensor]) -> str:
     """
     samples = []
     for block in range(base.depth):
-        bias = tensor(base.prefix + base.backbone.output_bias(base, block))
+        bias = tensor(base.sampled(block))
         if bias.is_meta:
             raise EDiTModelError(
                 f"the model's block {block} is not in memory, as accelerate's offloading leaves it between calls; "

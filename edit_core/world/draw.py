@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distill.encoders import CELL
-from ..distill.objective import call_arguments, prediction
+from ..backbones import CELL, backbone_named
 from ..runtime import progress
 from .codec import CHANNELS, decode, draw_scenes, encode, through
 from .data import WorldEncoder
@@ -51,6 +50,7 @@ def draw(
     Returns:
         `(B, height, width, 3)` uint8 on the CPU.
     """
+    known = backbone_named(backbone)
     text, device, dtype = WorldText(), transformer.device, transformer.dtype
     shape = (CHANNELS[backbone], height // CELL, width // CELL)
     pictures = []
@@ -66,8 +66,8 @@ def draw(
         plan.set_timesteps(steps, device=device)
         for time in plan.timesteps:
             latents = torch.cat([latent] * (1 + guided)).to(dtype)
-            output = transformer(**call_arguments(backbone, latents, time.expand(len(latents)), condition, device))[0]
-            output = prediction(backbone, output).float()
+            output = transformer(**known.call_arguments(latents, time.expand(len(latents)), condition, device))[0]
+            output = known.objective.prediction(output).float()
             if guided:
                 with_text, without = output.chunk(2)
                 output = without + guidance * (with_text - without)
@@ -113,4 +113,5 @@ def call_of(backbone: str, transformer: Any, size: int) -> dict[str, Any]:
     """Keyword arguments of a transformer's call halfway to noise, on a scene of this size, for timing and comparing."""
     batch = batch_of(backbone, held_out(1), size)
     latent = batch.pop("latent").to(transformer.device, transformer.dtype)
-    return call_arguments(backbone, latent, torch.tensor([500], device=latent.device), batch, latent.device)
+    time = torch.tensor([500], device=latent.device)
+    return backbone_named(backbone).call_arguments(latent, time, batch, latent.device)

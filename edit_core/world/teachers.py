@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones import backbone_named
 from ..errors import EDiTModelError
 from .codec import CHANNELS
 from .text import POOLED, WIDTH
@@ -78,11 +79,7 @@ def build(backbone: str, seed: int = 0) -> Any:
 
 def scheduler(backbone: str) -> Any:
     """The sampler that the teacher's noise belongs to: DPM-Solver++ on linear betas, or Euler on straight paths."""
-    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-
-    if backbone == "pixart_sigma":
-        return DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
-    return FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return backbone_named(backbone).objective.scheduler(order=2, shift=1.0)
 
 
 def position_table() -> Tensor:

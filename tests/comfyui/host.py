@@ -35,7 +35,8 @@ import comfy.utils
 import folder_paths
 import nodes
 
-BACKBONES = ("pixart_sigma", "sd35_medium")
+SHIPPED = ("pixart_sigma", "sd35_medium")
+BACKBONES = (*SHIPPED, "sd3", "pixart_alpha")
 
 
 class Log(logging.Handler):

@@ -261,7 +261,7 @@ def check_what_stays_dense_says_why_once(b: str) -> Any:
 def check_a_range_from_the_start_holds_the_first_step_at_every_shift(b: str) -> Any:
     base, w = load(b), weights(b)
     sampling = copy.deepcopy(base.get_model_object("model_sampling"))
-    if b == "sd35_medium":  # whose first sigma should be 1, and with this shift is rounded to a little more
+    if not b.startswith("pixart"):  # whose first sigma should be 1, and with this shift is rounded to a little more
         sampling.set_parameters(shift=1.58)
         assert float(sampling.sigma_max) > sampling.percent_to_sigma(0.0)
     base.add_object_patch("model_sampling", sampling)
@@ -300,7 +300,7 @@ def check_another_packs_wrapper_may_pass_on_by_name(b: str) -> Any:
 
 def check_other_packs_forward_patch_is_warned_of_and_restored(b: str) -> Any:
     base, w = load(b), weights(b)
-    path = {"pixart_sigma": "diffusion_model.blocks.0.attn", "sd35_medium": "diffusion_model.joint_blocks.0"}[b]
+    path = f"diffusion_model.{'blocks.0.attn' if b.startswith('pixart') else 'joint_blocks.0'}"
     module = base.get_model_object(path)
     calls = []
 
@@ -387,7 +387,7 @@ def check_init_save_load_round_trip(b: str) -> Any:
 def check_bad_input_is_one_sentence_and_the_model_stays_usable(b: str) -> Any:
     base, w = load(b), weights(b)
     plain, want = sample(base), sample(apply(base, w))
-    other = weights(BACKBONES[1 - BACKBONES.index(b)])
+    other = weights(BACKBONES[BACKBONES.index(b) - 1])
     said = [
         user_error("but the model is", apply, base, other),
         user_error("is not a block", apply, base, w, layers="first"),
@@ -397,10 +397,10 @@ def check_bad_input_is_one_sentence_and_the_model_stays_usable(b: str) -> Any:
         user_error("hold no block", apply, base, run("EDiTInit", model=base, compression=4, layers="0"), layers="0-1"),
         user_error("does not divide", run, "EDiTInit", model=base, compression=7, layers="all"),
         user_error(
-            "PixArt-α",
+            "PixArt variant with query/key norms",
             run,
             "EDiTLoadModel",
-            model_name="diffusion_models/pixart_alpha.safetensors",
+            model_name="diffusion_models/pixart_normed.safetensors",
             weight_dtype="default",
             edit_weights="none",
         ),
@@ -436,7 +436,7 @@ def check_bad_input_is_one_sentence_and_the_model_stays_usable(b: str) -> Any:
     check = nodes.NODE_CLASS_MAPPINGS["EDiTApply"].validate_inputs
     assert check(layers="0-3, 9") is True and "is not a block" in check(layers="0;3")
     patched = apply(base, w)
-    if b == "pixart_sigma":
+    if b.startswith("pixart"):
         said.append(user_error("multiples of 16", sample, patched, 33, 40))
         said.append(user_error("over 256", sample, patched, 24, 24))
     else:

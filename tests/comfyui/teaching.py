@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from host import (  # first, since it readies ComfyUI to be imported
-    BACKBONES,
+    SHIPPED,
     BASE,
     PACK,
     apply,
@@ -458,7 +458,7 @@ def check_compare_gives_the_functions_figures(b: str) -> Any:
 @as_in_a_server
 def check_bad_input_is_one_sentence(b: str) -> Any:
     m = model(b)
-    w, other = fresh(m), BACKBONES[1 - BACKBONES.index(b)]
+    w, other = fresh(m), SHIPPED[1 - SHIPPED.index(b)]
     plain = draw(b, m)
     wrong_latent = {"samples": torch.ones(1, 7, 34, 36)}
     said = []

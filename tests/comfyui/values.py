@@ -17,7 +17,7 @@ os.dup2(2, 1)  # what anything else prints goes to the log
 from pathlib import Path
 from typing import Any
 
-from host import BACKBONES, BASE, FILES, apply, load, load_nodes, logging, nodes, run, torch, weights  # first of all
+from host import SHIPPED, BASE, FILES, apply, load, load_nodes, logging, nodes, run, torch, weights  # first of all
 import comfy.model_management
 import comfy.utils
 import execution
@@ -115,7 +115,7 @@ def prepare() -> dict[str, list[str]]:
         names.setdefault(kind, []).append(name)
 
     generator = torch.Generator().manual_seed(0)
-    for backbone in BACKBONES:
+    for backbone in SHIPPED:
         base = load(backbone, "fp32")
         side = weights(backbone)
         give("MODEL", backbone, base)
@@ -143,7 +143,7 @@ class Host:
         # Newer ones ask how much memory to keep free.
         self.executor.cache_args = {"ram": 1.0, "ram_inactive": 1.0, "lru": 0}
         self.names = prepare()
-        self.plain = {backbone: draw(GIVEN[backbone]) for backbone in BACKBONES}
+        self.plain = {backbone: draw(GIVEN[backbone]) for backbone in SHIPPED}
         self.root = BASE.parents[2]
         self.before = files(self.root)
         self.updates = 0
@@ -228,11 +228,11 @@ class Host:
 
     def usable(self) -> dict[str, Any]:
         """Whether the base models draw what they drew at first, to the bit, and nothing of ours is left in them."""
-        changed = [backbone for backbone in BACKBONES if not torch.equal(draw(GIVEN[backbone]), self.plain[backbone])]
+        changed = [backbone for backbone in SHIPPED if not torch.equal(draw(GIVEN[backbone]), self.plain[backbone])]
         comfy.model_management.unload_all_models()  # a model that was drawn with stays injected until then
         left = [
             type(layer).__name__
-            for backbone in BACKBONES
+            for backbone in SHIPPED
             for layer in GIVEN[backbone].model.modules()
             if "forward" in layer.__dict__
         ]

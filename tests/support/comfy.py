@@ -97,9 +97,9 @@ def looking(request: pytest.FixtureRequest) -> list[pytest.Item]:
 
 def base_model(backbone: str) -> torch.nn.Module:
     """The smallest that ComfyUI's detection accepts: real widths for PixArt, fewer blocks."""
-    if backbone == "pixart_sigma":
-        return models.pixart(heads=16, head_dim=72, blocks=2, caption=4096)
-    return models.sd35(context=4096, pooled=2048)
+    if backbone.startswith("pixart"):
+        return models.make(backbone, heads=16, head_dim=72, blocks=2, caption=4096)
+    return models.make(backbone, context=4096, pooled=2048)
 
 
 def write_files(base: Path) -> None:
@@ -128,11 +128,9 @@ def write_files(base: Path) -> None:
 
 
 def write_foreign_models(folder: Path) -> None:
-    """A PixArt-α and a FLUX, as far as their tensors' names tell."""
-    keys = models.pixart().state_dict()
-    for name in ("linear_1.bias", "linear_1.weight"):
-        keys[f"adaln_single.emb.resolution_embedder.{name}"] = torch.zeros(4)
-    save_file(keys, folder / "pixart_alpha.safetensors")
+    """A PixArt with norms of queries and a FLUX, as far as their tensors' names tell."""
+    keys = {**models.pixart().state_dict(), "transformer_blocks.0.attn1.norm_q.weight": torch.zeros(4)}
+    save_file(keys, folder / "pixart_normed.safetensors")
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}, folder / "flux.safetensors")
 
 

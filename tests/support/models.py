@@ -1,7 +1,8 @@
-"""Small models of the two backbones with random weights, as diffusers makes them."""
+"""Small models of all backbones with random weights, as diffusers makes them."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from edit_core import EDiTWeights
 
-BACKBONES = ("pixart_sigma", "sd35_medium")
+BACKBONES = ("pixart_sigma", "sd35_medium", "sd3", "pixart_alpha")
+SHIPPED = ("pixart_sigma", "sd35_medium")
+"""Those that the configurations and the small world are for."""
 SD35_FIRST = [pytest.param("pixart_sigma", marks=pytest.mark.slow), "sd35_medium"]
 PIXART_FIRST = ["pixart_sigma", pytest.param("sd35_medium", marks=pytest.mark.slow)]
-"""Both backbones, for tests of which `make test` has time for one."""
+"""One of each kind, for tests of which `make test` has time for one."""
 
 
 def randomise(module: nn.Module, seed: int) -> None:
@@ -24,31 +27,40 @@ def randomise(module: nn.Module, seed: int) -> None:
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
-def pixart(seed: int = 0, heads: int = 4, head_dim: int = 18, blocks: int = 2, caption: int = 64) -> Any:
+def pixart(seed: int = 0, heads: int = 4, head_dim: int = 18, blocks: int = 2, caption: int = 64,
+           sized: bool = False) -> Any:  # fmt: skip
     torch.manual_seed(seed)
     model = PixArtTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=head_dim, cross_attention_dim=heads * head_dim,
-        num_layers=blocks, caption_channels=caption, sample_size=64, interpolation_scale=1,
-        use_additional_conditions=False,
+        num_layers=blocks, caption_channels=caption, sample_size=128 if sized else 64, interpolation_scale=1,
+        use_additional_conditions=sized,  # the pipeline of PixArt-α hands on sizes where sample_size is 128
     )  # fmt: skip
     randomise(model, seed + 1)
     return model.eval()
 
 
 def sd35(seed: int = 0, heads: int = 3, blocks: int = 3, dual: tuple[int, ...] = (0, 1), context: int = 64,
-         pooled: int = 32) -> Any:  # fmt: skip
+         pooled: int = 32, qk_norm: str | None = "rms_norm") -> Any:  # fmt: skip
     torch.manual_seed(seed)
     model = SD3Transformer2DModel(
         num_attention_heads=heads, attention_head_dim=64, caption_projection_dim=64 * heads, num_layers=blocks,
         joint_attention_dim=context, pooled_projection_dim=pooled, sample_size=64, pos_embed_max_size=48,
-        dual_attention_layers=dual, qk_norm="rms_norm",
+        dual_attention_layers=dual, qk_norm=qk_norm,
     )  # fmt: skip
     randomise(model, seed + 1)
     return model.eval()
 
 
 def make(backbone: str, **kwargs: Any) -> Any:
-    return {"pixart_sigma": pixart, "sd35_medium": sd35}[backbone](**kwargs)
+    return _MAKERS[backbone](**kwargs)
+
+
+_MAKERS: dict[str, Any] = {
+    "pixart_sigma": pixart,
+    "sd35_medium": sd35,
+    "sd3": partial(sd35, dual=(), qk_norm=None),  # as SD3-Medium
+    "pixart_alpha": partial(pixart, sized=True),
+}
 
 
 def forward(
@@ -58,7 +70,7 @@ def forward(
     generator = torch.Generator().manual_seed(seed)
     dtype = model.dtype
     if isinstance(model, PixArtTransformer2DModel):
-        extra: dict[str, Any] = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+        extra: dict[str, Any] = {"added_cond_kwargs": sizes(model, batch, height, width)}
         channels, context = 4, model.config.caption_channels
     else:
         extra = {"pooled_projections": torch.randn(batch, model.config.pooled_projection_dim, generator=generator)}
@@ -68,6 +80,17 @@ def forward(
     caption = torch.randn(batch, prompt, context, generator=generator).to(dtype)
     timestep = torch.tensor([300] * batch)
     return model(latent, encoder_hidden_states=caption, timestep=timestep, **extra, **more).sample
+
+
+def sizes(model: Any, batch: int, height: int, width: int) -> dict[str, Tensor | None]:
+    """What a PixArt is told of a latent's size."""
+    if not model.config.use_additional_conditions:
+        return {"resolution": None, "aspect_ratio": None}
+    resolution, ratio = torch.tensor([[8.0 * height, 8.0 * width]]), torch.tensor([[height / width]])
+    return {
+        "resolution": resolution.expand(batch, 2).to(model.dtype),
+        "aspect_ratio": ratio.expand(batch, 1).to(model.dtype),
+    }
 
 
 def trained_like(model: Any, seed: int = 3, **kwargs: Any) -> EDiTWeights:

@@ -1,4 +1,4 @@
-"""Tiny but whole pipelines of the two backbones, built offline and saved as diffusers does."""
+"""Tiny but whole pipelines of all backbones, built offline and saved as diffusers does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
 )
@@ -27,8 +28,8 @@ from edit_core.distill.cache import build_cache
 from edit_core.distill.encoders import PipelineEncoder
 from edit_core.distill.sources import FolderSource
 
-from . import comfy
-from .models import pixart, randomise, sd35
+from . import comfy, models
+from .models import randomise
 
 T5_WIDTH = 64
 WORDS = "a photograph of a red fox in the snow an old oil painting of two ships at sea portrait with a green hat"
@@ -37,23 +38,30 @@ WORDS = "a photograph of a red fox in the snow an old oil painting of two ships 
 def build(backbone: str, folder: Path, seed: int = 0, for_comfyui: bool = False) -> Path:
     """Saves a pipeline that `DiffusionPipeline.from_pretrained(folder, local_files_only=True)` loads and that draws.
 
-    `pixart_sigma`: VAE of 4 channels, T5. `sd35_medium`: VAE of 16 channels with a shift, two CLIPs and a T5. The
+    PixArt: VAE of 4 channels, T5. Stable Diffusion 3: VAE of 16 channels with a shift, two CLIPs and a T5. The
     VAEs make one latent cell of 8x8 pixels; the text encoders are 16, 32 and 64 wide. With `for_comfyui` the
     transformer is one that ComfyUI recognises too, and the text encoders give embeddings as wide as the real ones.
     """
     torch.manual_seed(seed)
     t5_width, projection = (4096, 1024) if for_comfyui else (T5_WIDTH, 16)
-    if backbone == "pixart_sigma":
-        pipeline: Any = PixArtSigmaPipeline(
+    if for_comfyui:
+        transformer: Any = comfy.base_model(backbone)
+    elif backbone.startswith("pixart"):
+        transformer = models.make(backbone, seed=seed, caption=T5_WIDTH)
+    else:
+        transformer = models.make(backbone, seed=seed, context=T5_WIDTH, pooled=32)
+    if backbone.startswith("pixart"):
+        pipeline_class: Any = PixArtAlphaPipeline if backbone == "pixart_alpha" else PixArtSigmaPipeline
+        pipeline: Any = pipeline_class(
             tokenizer=t5_tokenizer(),
             text_encoder=t5(t5_width),
             vae=vae(4, scaling_factor=0.13025),
-            transformer=comfy.base_model(backbone) if for_comfyui else pixart(seed, caption=T5_WIDTH),
+            transformer=transformer,
             scheduler=DPMSolverMultistepScheduler(),
         )
     else:
         pipeline = StableDiffusion3Pipeline(
-            transformer=comfy.base_model(backbone) if for_comfyui else sd35(seed, context=T5_WIDTH, pooled=32),
+            transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
             text_encoder=clip(16, "quick_gelu", projection),

@@ -7,24 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 from PIL import Image, ImageDraw
 
+from edit_core.backbones import backbone_named
 from edit_core.distill.cache import build_cache
 from edit_core.distill.config import RunConfig
 from edit_core.distill.dataset import BatchPlan, CachedLatents
 from edit_core.distill.encoders import PipelineEncoder
-from edit_core.distill.objective import call_arguments, noise_batch, prediction, task_target
 from edit_core.distill.sources import FolderSource
 
 from . import pipelines
 
 RESOLUTION = 128
 PROMPT_TOKENS = 96  # CLIP's 77, and what there is of T5's
-CLASSES = {"pixart_sigma": PixArtTransformer2DModel, "sd35_medium": SD3Transformer2DModel}
 
 
 def draw_images(folder: Path, count: int = 16) -> Path:
@@ -56,7 +55,9 @@ def prepare(backbone: str, folder: Path, teacher_steps: int = 250) -> dict[str, 
     encoder = ShortPrompts(model, torch.device("cpu"), torch.float32)
     build_cache(FolderSource(draw_images(folder / "images")), encoder, folder / "cache", [RESOLUTION], bucket_step=32)
     torch.manual_seed(2)
-    transformer: Any = CLASSES[backbone].from_config(CLASSES[backbone].load_config(model / "transformer"))
+    known = backbone_named(backbone)
+    transformer_class = getattr(diffusers, known.transformer)
+    transformer: Any = transformer_class.from_config(transformer_class.load_config(model / "transformer"))
     transformer.train()
     data = CachedLatents(folder / "cache", RESOLUTION)
     plan = BatchPlan(data, 4, seed=1)
@@ -64,10 +65,10 @@ def prepare(backbone: str, folder: Path, teacher_steps: int = 250) -> dict[str, 
     for step in range(teacher_steps):
         batch = data.collate(plan.batch(step))
         generators = [torch.Generator().manual_seed(1000 * step + i) for i in range(4)]
-        noised = noise_batch(backbone, batch["latent"].float(), generators)
-        arguments = call_arguments(backbone, noised.latent, noised.timestep, batch, torch.device("cpu"))
-        output = prediction(backbone, transformer(**arguments)[0])
-        loss = F.mse_loss(output, task_target(backbone, batch["latent"].float(), noised))
+        noised = known.objective.noise_batch(batch["latent"].float(), generators)
+        arguments = known.call_arguments(noised.latent, noised.timestep, batch, torch.device("cpu"))
+        output = known.objective.prediction(transformer(**arguments)[0])
+        loss = F.mse_loss(output, known.objective.target(batch["latent"].float(), noised))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

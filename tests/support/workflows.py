@@ -24,8 +24,8 @@ from .server import Run, Server
 
 WORKFLOWS = comfy.PACK / "workflows"
 KINDS = ("", "_edit", "_ab", "_calibrate", "_benchmark")
-NAMES = [backbone + kind for backbone in models.BACKBONES for kind in KINDS]
-NAMES += [f"small_world_{backbone}{kind}" for backbone in models.BACKBONES for kind in KINDS[2:]]
+NAMES = [backbone + kind for backbone in models.SHIPPED for kind in KINDS]
+NAMES += [f"small_world_{backbone}{kind}" for backbone in models.SHIPPED for kind in KINDS[2:]]
 GUIDED = "sd35_medium_lora_controlnet_slg"
 NAMES.append(GUIDED)
 WIDTH, HEIGHT = 320, 256  # PixArt in ComfyUI needs a mean side of more than 256
@@ -91,7 +91,7 @@ def write_stand_ins(base: Path) -> Path:
     for name in ("vae", "text_encoders", "loras", "controlnet"):
         (folder / name).mkdir()
     save_file(random_clip_l(), folder / "text_encoders" / "random_clip_l.safetensors")
-    for backbone in models.BACKBONES:
+    for backbone in models.SHIPPED:
         bases, edits = folder / "diffusion_models", folder / "edit"
         name_files(folder, backbone, bases / f"{backbone}.safetensors", edits / f"{backbone}.safetensors")
     for node in read_api(GUIDED).values():

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from edit_core.backbones import backbone_named
 from edit_core.distill.distance import teacher_distance
 from edit_core.distill.losses import dense_tap
 from edit_core.distill.picture_metrics import fid
@@ -46,7 +47,7 @@ def distance(backbone: str, transformer: Any, handle: EDiTHandle, size: int, cou
     """A student's error relative to its teacher on noised held-out scenes: `prediction`, and the mean `attention`."""
     shown = held_out(count)
     batches = [batch_of(backbone, shown[start : start + 16], size) for start in range(0, count, 16)]
-    found = teacher_distance(transformer, handle, backbone, batches)
+    found = teacher_distance(transformer, handle, backbone_named(backbone), batches)
     return {"prediction": found.prediction, "attention": found.mean_attention}
 
 

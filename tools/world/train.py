@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from edit_core.distill.objective import call_arguments, noise_batch, prediction, task_target
+from edit_core.backbones import backbone_named
 from edit_core.distill.sampling import grid
 from edit_core.errors import EDiTError
 from edit_core.files import write_file
@@ -110,10 +110,11 @@ class Trainer:
         captions = ["" if drop else scene.caption for drop, scene in zip(dropped, scenes, strict=True)]
         condition = self.text.encode_prompts(captions)
         generators = [torch.Generator().manual_seed((self.seed << 32) + number) for number in numbers]
-        noised = noise_batch(self.backbone, latent, generators, "logit_normal", SHIFT[self.backbone])
-        arguments = call_arguments(self.backbone, noised.latent, noised.timestep, condition, latent.device)
-        output = prediction(self.backbone, self.model(**arguments)[0])
-        errors = (output - task_target(self.backbone, latent, noised)).square().mean((1, 2, 3))  # (B,)
+        known = backbone_named(self.backbone)
+        noised = known.objective.noise_batch(latent, generators, "logit_normal", SHIFT[self.backbone])
+        arguments = known.call_arguments(noised.latent, noised.timestep, condition, latent.device)
+        output = known.objective.prediction(self.model(**arguments)[0])
+        errors = (output - known.objective.target(latent, noised)).square().mean((1, 2, 3))  # (B,)
         loss = (errors * noised.weight).mean()
         self.optimiser.zero_grad()
         loss.backward()
