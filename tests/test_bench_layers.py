@@ -232,7 +232,7 @@ def test_students_are_exchanged_without_a_trace() -> None:
     with torch.inference_mode():
         before = subject.call()[0]
         student = processors(subject, contender("sana", CPU, torch.float32, 16, 72))
-        assert not list(student[0].differences.parameters())
+        assert not list(student[0].func.site.differences.parameters())
         install(subject.attentions, student)
         assert not torch.equal(subject.call()[0], before)
         install(subject.attentions, own)

@@ -197,7 +197,7 @@ def test_without_any_nothing_is_registered() -> None:
     model = models.pixart()
     with apply_edit(model, EDiTWeights.init(model)) as handle:
         assert not list(handle.differences.modules())[1:]
-        assert all(not len(b.attn1.processor.differences) for b in model.transformer_blocks)
+        assert all(not len(b.attn1.edit.differences) for b in model.transformer_blocks)
         assert handle.trainable().keys() == dict(handle.sides.named_parameters()).keys()
 
 

@@ -140,13 +140,13 @@ def test_a_layer_never_holds_more_than_the_teachers(backbone: str, preset: str) 
         for batch in (1, 2):
             teacher = _peaks(model, backbone, batch)
             with apply_edit(model, weights) as handle:
-                handle.grid = (64, 64)  # an attention called alone has no transformer to tell it
-                student = _peaks(model, backbone, batch)
+                # An attention called alone has no transformer to tell it of the call.
+                student = _peaks(model, backbone, batch, edit_call=handle.call((64, 64)))
             for own, bases in zip(student, teacher, strict=True):
                 assert own < 1.02 * bases, (fused, batch, student, teacher)
 
 
-def _peaks(model: Any, backbone: str, batch: int) -> list[int]:
+def _peaks(model: Any, backbone: str, batch: int, **more: Any) -> list[int]:
     """Of each of the first block's replaced attentions, called alone."""
     base, found = identify_module(model), []
     for site in base.sites[0]:
@@ -154,7 +154,7 @@ def _peaks(model: Any, backbone: str, batch: int) -> list[int]:
         x = torch.randn(batch, 4096, attention.inner_dim)
         prompt = (torch.randn(batch, 5, attention.inner_dim),) if site == "joint" else ()
         with torch.inference_mode():
-            found.append(peak_memory(lambda: attention(x, *prompt), torch.device("cpu")))  # noqa: B023 - called here
+            found.append(peak_memory(lambda: attention(x, *prompt, **more), torch.device("cpu")))  # noqa: B023 - called here
     return found
 
 
@@ -180,7 +180,7 @@ def test_a_layer_calls_each_of_its_bases_linears_once(backbone: str, fused: bool
     weights, calls = models.trained_like(model), Counter[str]()
     with apply_edit(model, weights) as handle:
         for path, module in model.named_modules():
-            if isinstance(module, nn.Linear) and ".processor." not in path:
+            if isinstance(module, nn.Linear) and ".edit." not in path:
                 module.register_forward_hook(lambda *_, path=path: calls.update([path]))
         models.forward(model)
         sides = [(block, site) for block in handle.blocks for site in handle.sides[str(block)]]

@@ -169,14 +169,13 @@ def processors(subject: Subject, one: Contender, seed: int = 0) -> list[Any]:
         tensor += noise if tensor.ndim > 1 else 0.1 * noise
     with apply_edit(subject.transformer, weights, subject.layers) as handle:
         found = [attention.processor for attention in subject.attentions]
-    handle.grid = subject.grid  # an attention called alone has no transformer to tell it
-    for processor in found:
-        processor.differences = nn.ModuleDict()  # a student's would be merged into the linears before anyone times it
-    return found
+    for processor in found:  # a student's would be merged into the linears before anyone times it
+        processor.site.differences = nn.ModuleDict()
+    # An attention called alone has no transformer to tell it of the call.
+    return [partial(processor, edit_call=handle.call(subject.grid)) for processor in found]
 
 
 def install(attentions: Sequence[Any], own: Sequence[Any]) -> None:
     """Gives each attention its processor."""
     for attention, processor in zip(attentions, own, strict=True):
-        attention._modules.pop("processor", None)  # a student's is a module, and set_processor would warn of losing it
         attention.set_processor(processor)

@@ -70,11 +70,11 @@ def _reference(subject: Subject, students: Sequence[Any]) -> list[Tensor]:
     rows: list[Tensor] = []
     x = subject.inputs["x"].double()  # (B, N, C)
     for attention, student in zip(subject.attentions, students, strict=True):
-        attn = copy.deepcopy(attention).double()
-        state = {name: tensor.double() for name, tensor in student.side.state_dict().items()}
+        attn, side = copy.deepcopy(attention).double(), student.func.site.side
+        state = {name: tensor.double() for name, tensor in side.state_dict().items()}
         base = (attn.to_q(x), attn.to_k(x), attn.to_v(x))  # (B, N, C)
-        rest = (state, subject.grid, attn.heads, student.side.config, attn.norm_q, attn.norm_k)
-        if isinstance(student.side, HybridAttention):
+        rest = (state, subject.grid, attn.heads, side.config, attn.norm_q, attn.norm_k)
+        if isinstance(side, HybridAttention):
             text = subject.inputs["prompt"].double()  # (B, P, C)
             q_p = _normed(attn.add_q_proj(text), attn.heads, attn.norm_added_q)
             k_p = _normed(attn.add_k_proj(text), attn.heads, attn.norm_added_k)

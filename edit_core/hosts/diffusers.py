@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..attention import EDiTAttention, Grid
 from ..backbones import identify_module, module_tensors
@@ -16,7 +17,8 @@ from ..errors import EDiTModelError
 from ..layers import format_layers
 from ..weights import EDiTWeights
 from ..weights.differences import PREFIX, module_tree
-from .processors import JointProcessor, Processor, SelfProcessor, Tap
+from .dense import DenseLog
+from .processors import CALL, Call, JointProcessor, Processor, SelfProcessor, Site, Tap, make_processor, only_for_ours
 
 __all__ = ["EDiTHandle", "apply_edit"]
 
@@ -43,26 +45,27 @@ class EDiTHandle:
         """The side modules, `sides[str(block)][site]`: what a training would optimise."""
         self.differences = differences
         """The differences on the base's linears, nested as the transformer is; without parameters if there are none."""
-        self._extent: Tensor | None = None
         self.tap: Tap | None = None
-        """Stands in for every replaced attention's call, for who trains or compares; None for EDiT itself."""
+        """What the next calls have for every replaced attention in place of its own call, for who trains or compares;
+        None for EDiT itself. A call keeps the one that it began with, in a backward pass too."""
         self.min_tokens = min_tokens
         """Pictures of fewer image tokens keep the transformer's own attention."""
-        self._said: set[str] = set()
-        self._replaced: list[tuple[Any, Any]] = []
-        self._hook = transformer.register_forward_pre_hook(self._enter, with_kwargs=True)
+        self.log: DenseLog | None = DenseLog()
+        self._replaced: list[tuple[Any, Processor, Any]] = []
+        names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+        self._place, self._kwargs = next(x for x in enumerate(names) if x[1].endswith("attention_kwargs"))
+        self._hooks = [transformer.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        for module in transformer.modules():
+            if hasattr(module, "get_processor"):
+                self._hooks.append(module.register_forward_pre_hook(only_for_ours, with_kwargs=True))
 
-    @property
-    def grid(self) -> Grid | None:
-        """The running call's token grid; it outlives the call, since gradient checkpointing runs attentions again."""
-        return None if self._extent is None else (self._extent.shape[0], self._extent.shape[1])
+    def call(self, grid: Grid) -> Call:
+        """What a call of the transformer is: also to be given, as `edit_call`, to an attention that is called alone."""
+        return Call(self, grid, self.tap)
 
-    @grid.setter
-    def grid(self, grid: Grid | None) -> None:
-        # An empty tensor's shape: a compiled graph would take a pair of numbers for constants, and be one per size.
-        self._extent = None if grid is None else torch.empty((*grid, 0))
-
-    def _enter(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         latent = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         height, width = latent.shape[-2:]
         patch = transformer.config.patch_size
@@ -71,7 +74,12 @@ class EDiTHandle:
                 f"a latent of {height}x{width} cannot be cut into {patch}x{patch} patches; "
                 f"make both sides multiples of {patch}"
             )
-        self.grid = (height // patch, width // patch)
+        # Among what diffusers hands from block to block to every processor.
+        given = args[self._place] if self._place < len(args) else kwargs.get(self._kwargs)
+        mine = {**(given or {}), CALL: self.call((height // patch, width // patch))}
+        if self._place < len(args):
+            return (*args[: self._place], mine, *args[self._place + 1 :]), kwargs
+        return args, {**kwargs, self._kwargs: mine}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """All that a training may optimise, side weights and differences, by its name in a weights file.
@@ -82,34 +90,31 @@ class EDiTHandle:
         changes = {PREFIX + name: parameter for name, parameter in self.differences.named_parameters()}
         return {**dict(self.sides.named_parameters()), **changes}
 
-    def stay_dense(self, reason: str) -> None:
-        """Logs why a call could not be linear, once per reason; not from compiled graphs, which cannot log."""
-        if not torch.compiler.is_compiling() and reason not in self._said:
-            self._said.add(reason)
-            logger.warning("EDiT: stays dense: %s", reason)
-
     def install(
         self,
         key: str,
         attention: Any,
         processor_class: type[Processor],
         side: EDiTAttention,
-        differences: nn.ModuleDict,
+        differences: Mapping[str, nn.Module],
     ) -> None:
         """Replaces one attention's processor; `key` is its `<block>.<site>`."""
         original = attention.processor
-        attention.set_processor(processor_class(key, side, original, self, differences))
-        self._replaced.append((attention, original))
+        attention.edit = Site(side, differences)
+        processor = make_processor(processor_class, key, attention.edit, original, self)
+        _put(attention, processor)
+        self._replaced.append((attention, processor, original))
 
     def remove(self) -> None:
         """Puts the original processors back; the transformer's outputs are then bit-equal to before. Idempotent."""
-        for attention, original in self._replaced:
-            if isinstance(attention.processor, Processor):  # nobody has replaced ours since
-                attention._modules.pop("processor")  # set_processor would warn of losing a module
-                attention.set_processor(original)
+        for attention, ours, original in self._replaced:
+            if attention.processor is ours:  # nobody has replaced it since
+                _put(attention, original)
+            del attention.edit
         self._replaced.clear()
-        self._hook.remove()
-        self.grid = None  # one of ours that somebody kept and puts back, as unfuse_qkv_projections does, stays dense
+        for hook in self._hooks:
+            hook.remove()
+        self.log = None  # one of ours that somebody kept and puts back, as unfuse_qkv_projections does, stays dense
 
     def __enter__(self) -> EDiTHandle:
         return self
@@ -118,6 +123,12 @@ class EDiTHandle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _put(attention: Any, processor: Any) -> None:
+    """Sets a processor where there may be a module, which `set_processor` would warn of losing."""
+    attention._modules.pop("processor", None)
+    attention.processor = processor
 
 
 def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_tokens: MinTokens = 0) -> EDiTHandle:
@@ -148,7 +159,7 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_
         raise EDiTModelError(f"apply_edit takes a diffusers transformer, and this is {base}")
     blocks = weights.choose(layers, base)
     tokens = resolve(min_tokens, base.backbone.name, transformer.dtype, transformer.device)
-    if any(isinstance(module, Processor) for module in transformer.modules()):
+    if any(isinstance(module, Site) for module in transformer.modules()):
         raise EDiTModelError("EDiT is applied to this transformer already; call remove() on its handle first")
     if warning := weights.warning(base, module_tensors(transformer).__getitem__):
         logger.warning("EDiT: %s", warning)
@@ -163,7 +174,7 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_
         for site, side in sides[str(block)].items():  # type: ignore[operator]
             own = {x.name: changes[x.diffusers] for x in base.backbone.linears(block, site) if x.diffusers in changes}
             attention = transformer.get_submodule(base.backbone.diffusers_path(block, site))
-            handle.install(f"{block}.{site}", attention, PROCESSORS[site], side, nn.ModuleDict(own))
+            handle.install(f"{block}.{site}", attention, PROCESSORS[site], side, own)
     dense = set(range(base.depth)) - set(blocks)
     if dense:
         logger.info("EDiT: blocks %s stay dense: not listed or without weights", format_layers(dense))

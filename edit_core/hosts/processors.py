@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..attention import EDiTAttention, Grid, Projections
+from .dense import DenseLog, dense_reason
 
-__all__ = ["Host", "JointProcessor", "Processor", "SelfProcessor", "Tap"]
+__all__ = [
+    "CALL",
+    "Call",
+    "Host",
+    "JointProcessor",
+    "Processor",
+    "SelfProcessor",
+    "Site",
+    "Tap",
+    "make_processor",
+    "only_for_ours",
+]
+
+CALL = "edit_call"
+"""The processors' argument of this name is the :class:`Call`."""
 
 
 class Tap(Protocol):
@@ -24,36 +41,86 @@ class Tap(Protocol):
 class Host(Protocol):
     """What processors ask of whoever applied them."""
 
-    grid: Grid | None
-    """The running call's token grid."""
-    tap: Tap | None
     min_tokens: int
     """Pictures of fewer image tokens keep the original attention."""
+    log: DenseLog | None
+    """Is told why calls could not be linear, for as long as EDiT is applied."""
 
-    def stay_dense(self, reason: str) -> None:
-        """Is told why a call could not be linear."""
 
-
-class Processor(nn.Module):
-    """What the processors share: the side weights, the grid of the running call, and the way back to softmax.
+class Call:
+    """One call of a transformer. It travels with the arguments of the blocks, so that it is with them in every thread,
+    and again when gradient checkpointing runs them once more.
 
     Args:
-        key: `<block>.<site>`, as in weights files.
-        side: the site's side weights. As a submodule they move and are cast with the transformer.
-        original: the processor that was there before. Where it has weights, it is a submodule as it was before.
-        host: gives the running call's grid and tap.
+        host: whoever applied EDiT.
+        grid: token grid of the latent.
+        tap: stands in for every replaced attention's call; None for EDiT itself.
+    """
+
+    def __init__(self, host: Host, grid: Grid, tap: Tap | None) -> None:
+        self.host = host
+        self.tap = tap
+        # An empty tensor's shape: a compiled graph would take a pair of numbers for constants, and be one per size.
+        self._extent = torch.empty((*grid, 0))
+
+    @property
+    def grid(self) -> Grid:
+        return self._extent.shape[0], self._extent.shape[1]
+
+
+class Site(nn.Module):
+    """What EDiT adds to an attention: as a submodule of it, it moves and is cast with the transformer.
+
+    Args:
+        side: the side weights.
         differences: what to add to the outputs of the attention's own linears, by the linear's name, if anything. The
             linears stay as they are, so the original processor computes what it always did.
     """
 
-    def __init__(self, key: str, side: EDiTAttention, original: Any, host: Host, differences: nn.ModuleDict) -> None:
+    def __init__(self, side: EDiTAttention, differences: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.key = key
         self.side = side
-        self.differences = differences
-        self.original = original
-        self.sees_pictures = "ip_hidden_states" in inspect.signature(original.__call__).parameters
-        self.host = host
+        # Not under the linears' own names: PEFT puts LoRAs into whatever is called `to_q`.
+        self.differences = nn.ModuleDict({f"on_{name}": module for name, module in differences.items()})
+
+    def changed(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """A linear's output `y` for `x`, with the linear's difference if it has one; all `(B, N, C)`."""
+        key = f"on_{name}"
+        return y + self.differences[key](x) if key in self.differences else y
+
+
+class Processor:
+    """What the processors share: the choice between EDiT and the processor that was there before.
+
+    To others it is the latter (see :func:`make_processor`): its attributes, to read and to set, are the original's.
+
+    Args:
+        key: `<block>.<site>`, as in weights files.
+        site: what EDiT adds to the attention.
+        original: the processor that was there before.
+        host: whoever applies it.
+    """
+
+    key: str
+    site: Site
+    original: Any
+    host: Host
+    sees_pictures: bool
+
+    def __init__(self, key: str, site: Site, original: Any, host: Host) -> None:
+        sees_pictures = "ip_hidden_states" in inspect.signature(original.__call__).parameters
+        self.__dict__.update(key=key, site=site, original=original, host=host, sees_pictures=sees_pictures)
+
+    def __getattr__(self, name: str) -> Any:
+        if "original" not in self.__dict__:  # a copy in the making
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.original, name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # not as a module would, where the original is one
 
     def __call__(
         self,
@@ -63,59 +130,50 @@ class Processor(nn.Module):
         attention_mask: Tensor | None = None,
         ip_hidden_states: Tensor | None = None,
         temb: Tensor | None = None,
+        edit_call: Call | None = None,
         **kwargs: Any,
     ) -> Any:
         # Of all that a pipeline hands to processors, diffusers passes on what their signatures name.
         if self.sees_pictures:
             kwargs.update(ip_hidden_states=ip_hidden_states, temb=temb)
-        grid = self._grid(hidden_states, attention_mask, ip_hidden_states)
-        if grid is not None and self.host.tap is None:
-            return self.edit(attn, hidden_states, encoder_hidden_states, grid)
+        # A call of another EDiT's may reach one that was removed, which `unfuse_qkv_projections` can put back.
+        call = edit_call if edit_call is not None and edit_call.host is self.host else None
+        reason = dense_reason(
+            call.grid if call is not None else None,
+            hidden_states.shape[1],
+            min_tokens=self.host.min_tokens,
+            masked=attention_mask is not None,
+            pictured=ip_hidden_states is not None and self.sees_pictures,
+        )
         dense = partial(self.original, attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        if grid is None or self.host.tap is None:
+        if call is None or reason is not None:
+            if self.host.log is not None and reason is not None:
+                self.host.log.say(reason)
             return dense()
-        return self.host.tap(self.key, dense, partial(self.edit, attn, hidden_states, encoder_hidden_states, grid))
+        if call.tap is None:
+            return self.edit(attn, hidden_states, encoder_hidden_states, call.grid)
+        return call.tap(self.key, dense, partial(self.edit, attn, hidden_states, encoder_hidden_states, call.grid))
 
     @abstractmethod
     def edit(self, attn: Any, x: Tensor, prompt: Any, grid: Grid) -> Any:
         """The replaced attention, output projection included."""
 
-    def changed(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """A linear's output `y` for `x`, with the linear's difference if it has one; all `(B, N, C)`."""
-        return y + self.differences[name](x) if name in self.differences else y
-
     def projections(self, attn: Any, x: Tensor) -> Projections:
         """The base's `q, k, v` of image tokens `(B, N, C)`."""
         q, k, v = attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
-        return Projections(self.changed("to_q", x, q), self.changed("to_k", x, k), self.changed("to_v", x, v))
+        changed = self.site.changed
+        return Projections(changed("to_q", x, q), changed("to_k", x, k), changed("to_v", x, v))
 
     def output(self, attn: Any, y: Tensor) -> Tensor:
         """The base's output projection of image tokens `(B, N, C)`."""
-        return attn.to_out[1](self.changed("to_out", y, attn.to_out[0](y)))
-
-    def _grid(self, x: Tensor, attention_mask: Tensor | None, pictures: Tensor | None) -> Grid | None:
-        """The grid if this call can be linear, else None, the reason having been told."""
-        grid = self.host.grid
-        if grid is None:
-            self.host.stay_dense("an attention was called from outside its transformer")
-        elif attention_mask is not None:
-            self.host.stay_dense("an attention mask on image tokens, which linear attention cannot honour")
-        elif pictures is not None and self.sees_pictures:
-            self.host.stay_dense("an IP-Adapter's picture, which the attention that was there before EDiT sees")
-        elif x.shape[1] != grid[0] * grid[1]:
-            self.host.stay_dense(f"{x.shape[1]} tokens do not fill the {grid[0]}x{grid[1]} grid of the latent")
-        elif x.shape[1] < self.host.min_tokens:
-            self.host.stay_dense(f"{x.shape[1]} tokens are fewer than min_tokens={self.host.min_tokens}")
-        else:
-            return grid
-        return None
+        return attn.to_out[1](self.site.changed("to_out", y, attn.to_out[0](y)))
 
 
 class SelfProcessor(Processor):
     """EDiT in place of an image-only self-attention: `(B, N, C)` -> `(B, N, C)`."""
 
     def edit(self, attn: Any, x: Tensor, prompt: Any, grid: Grid) -> Tensor:
-        y = self.side(x, self.projections(attn, x), grid, attn.heads, attn.norm_q, attn.norm_k)  # (B, N, C)
+        y = self.site.side(x, self.projections(attn, x), grid, attn.heads, attn.norm_q, attn.norm_k)  # (B, N, C)
         return self.output(attn, y)
 
 
@@ -123,10 +181,11 @@ class JointProcessor(Processor):
     """MM-EDiT in place of a joint attention: image `(B, N, C)`, prompt `(B, P, C)` -> the same two."""
 
     def edit(self, attn: Any, x: Tensor, prompt: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-        q_p = self.changed("add_q_proj", prompt, attn.add_q_proj(prompt))  # (B, P, C)
-        k_p = self.changed("add_k_proj", prompt, attn.add_k_proj(prompt))  # (B, P, C)
-        v_p = self.changed("add_v_proj", prompt, attn.add_v_proj(prompt))  # (B, P, C)
-        y_image, y_prompt = self.side(
+        changed = self.site.changed
+        q_p = changed("add_q_proj", prompt, attn.add_q_proj(prompt))  # (B, P, C)
+        k_p = changed("add_k_proj", prompt, attn.add_k_proj(prompt))  # (B, P, C)
+        v_p = changed("add_v_proj", prompt, attn.add_v_proj(prompt))  # (B, P, C)
+        y_image, y_prompt = self.site.side(
             x,
             self.projections(attn, x),
             Projections(_normed(q_p, attn, attn.norm_added_q), _normed(k_p, attn, attn.norm_added_k), v_p),
@@ -137,8 +196,38 @@ class JointProcessor(Processor):
             prompt_rows=not attn.context_pre_only,
         )  # (B, N, C), (B, P, C) or None
         # The last block's caller drops the prompt rows.
-        prompt_out = None if y_prompt is None else self.changed("to_add_out", y_prompt, attn.to_add_out(y_prompt))
+        prompt_out = None if y_prompt is None else changed("to_add_out", y_prompt, attn.to_add_out(y_prompt))
         return self.output(attn, y_image), prompt_out
+
+
+class _StandIn(type):
+    """The class of processor classes that, called without arguments as diffusers does, make the original."""
+
+    def __call__(cls, *args: Any) -> Any:
+        return super().__call__(*args) if args else cls.__bases__[1]()
+
+
+@functools.cache
+def _stand_in(processor: Any, original: Any) -> Any:
+    return _StandIn(f"EDiT{original.__name__}", (processor, original), {})
+
+
+def make_processor(kind: type[Processor], key: str, site: Site, original: Any, host: Host) -> Processor:
+    """A processor that stands in for another.
+
+    If that is one of diffusers' own it is of its class, too: diffusers finds what it is to scale or to unload, such as
+    IP-Adapters, by the class, and replaces others by what the class gives when called.
+    """
+    own = type(original).__module__.partition(".")[0] == "diffusers"
+    made: Any = _stand_in(*cast(tuple[Any, Any], (kind, type(original)))) if own else kind
+    return made(key, site, original, host)
+
+
+def only_for_ours(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of an attention: other processors do not know the call, and diffusers would warn of it."""
+    if CALL not in kwargs or isinstance(attention.processor, Processor):
+        return None
+    return args, {name: value for name, value in kwargs.items() if name != CALL}
 
 
 def _normed(tokens: Tensor, attn: Any, norm: nn.Module | None) -> Tensor:
