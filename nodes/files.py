@@ -21,7 +21,7 @@ from ..edit_core.errors import EDiTModelError, quoted
 from .apply import CATEGORY, Weights
 from .checks import check_values, refusal
 from .patcher import apply_to_model
-from .small_world import is_small_pixart, load_small_pixart
+from .small_world import is_small_teacher, load_small_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,8 @@ def load_model(path: str, name: str, base: Base, options: dict[str, Any]) -> Any
         EDiTModelError: ComfyUI cannot load the file after all.
     """
     try:
-        if is_small_pixart(base):
-            return load_small_pixart(path, base.depth, options)
+        if is_small_teacher(base):
+            return load_small_teacher(path, base.depth, options)
         return comfy.sd.load_diffusion_model(path, model_options=options)
     except comfy.model_management.OOM_EXCEPTION:
         raise

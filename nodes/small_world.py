@@ -71,12 +71,12 @@ class SmallSD35(comfy.supported_models.SD3):
         return {**state_dict, "pos_embed": position_table()}
 
 
-def is_small_pixart(base: Base) -> bool:
-    """Whether a file is the small PixArt-Σ under diffusers' names, for :func:`load_small_pixart`."""
+def is_small_teacher(base: Base) -> bool:
+    """Whether a file is the small PixArt-Σ under diffusers' names, for :func:`load_small_teacher`."""
     return (base.backbone.name, base.host, base.dim) == ("pixart_sigma", "diffusers", CHANNELS["pixart_sigma"])
 
 
-def load_small_pixart(path: str, depth: int, model_options: dict[str, Any], **kwargs: Any) -> Any:
+def load_small_teacher(path: str, depth: int, model_options: dict[str, Any], **kwargs: Any) -> Any:
     """`comfy.sd.load_diffusion_model` for the small PixArt-Σ: ComfyUI joins linears as if they were 1152 wide.
 
     Args:
@@ -93,7 +93,7 @@ def load_small_pixart(path: str, depth: int, model_options: dict[str, Any], **kw
             joined.setdefault(target if isinstance(target, str) else target[0], []).append(state[name])
     fused = {name: torch.cat(parts) for name, parts in joined.items()}
     model = comfy.sd.load_diffusion_model_state_dict(fused, model_options=model_options, **kwargs)
-    model.cached_patcher_init = (load_small_pixart, (path, depth, model_options))
+    model.cached_patcher_init = (load_small_teacher, (path, depth, model_options))
     return model
 
 

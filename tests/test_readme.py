@@ -15,7 +15,10 @@ from edit_core.config import CHOICES, PRESETS
 
 DOCS = comfy.PACK / "docs"
 SOURCES = [path for folder in ("nodes", "edit_core") for path in (comfy.PACK / folder).rglob("*.py")]
-EXPLAINED = ("nodes/", "edit_core/backbones/", "edit_core/weights/", "edit_core/layers.py", "edit_core/hosts/")
+EXPLAINED = (
+    "nodes/", "edit_core/backbones/", "edit_core/hosts/", "edit_core/layers.py", "edit_core/weights/file.py",
+    "edit_core/weights/fingerprint.py", "edit_core/weights/weights.py",
+)  # fmt: skip
 """Where whatever is raised or warned of must be explained."""
 README = (comfy.PACK / "README.md").read_text(encoding="utf-8")
 
