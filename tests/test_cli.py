@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from support import comfy, models
 
+from edit_core.backbones import BACKBONES
 from edit_core.cli import main
 from edit_core.commands import COMMANDS
 
@@ -152,7 +153,7 @@ def test_bench_measures_both_models_and_saves(tmp_path: Path, capsys: pytest.Cap
     assert status == 0
     assert "| PixArt-Σ, 1 block | 128² | 64 |" in out
     measured = json.loads(saved.read_text())
-    assert [m["backbone"] for m in measured] == ["pixart_sigma", "sd35_medium"]
+    assert [m["backbone"] for m in measured] == [*BACKBONES]
     for m in measured:
         assert len(m["seconds"]["teacher"]) == len(m["seconds"]["paper"]) == 2
         assert m["dtype"] == "bfloat16"
