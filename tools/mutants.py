@@ -37,9 +37,14 @@ PATCHES = ("diffusers", "differences", "structure", "bench_layers")
 BASES = ("backbones", "differences", "diffusers", "convert", "comfyui")
 TESTS: dict[str, tuple[str, ...]] = {
     "edit_core/attention/__init__.py": FORMULAS,
-    "edit_core/attention/edit.py": FORMULAS,
+    "edit_core/attention/call.py": FORMULAS,
+    "edit_core/attention/forms.py": FORMULAS,
+    "edit_core/attention/joint.py": FORMULAS,
+    "edit_core/attention/keys.py": FORMULAS,
     "edit_core/attention/linear.py": FORMULAS,
     "edit_core/attention/modules.py": FORMULAS,
+    "edit_core/attention/queries.py": FORMULAS,
+    "edit_core/attention/sites.py": FORMULAS,
     "edit_core/attention/slices.py": ("structure", *FORMULAS),
     "edit_core/apply.py": PATCHES,
     "edit_core/processors.py": PATCHES,
