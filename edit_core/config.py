@@ -6,8 +6,11 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .attention import VARIANTS
+from .attention.forms import KERNELS
+from .attention.modules import Parts
 from .errors import EDiTConfigError, shown
 
 __all__ = ["CHOICES", "DEFAULT", "PRESETS", "EDiTConfig"]
@@ -19,15 +22,16 @@ Query = Literal["conv_fusion", "separable", "mlp", "plain"]
 Key = Literal["compressor", "conv_fusion", "mlp", "plain"]
 Joint = Literal["hybrid", "linear"]
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "normaliser": get_args(Normaliser),
-    "softmax_features": get_args(SoftmaxFeatures),
-    "kernel": get_args(Kernel),
-    "query": get_args(Query),
-    "key": get_args(Key),
-    "joint": get_args(Joint),
-}
+CHOICES: dict[str, tuple[str, ...]] = {field: tuple(variants) for field, variants in VARIANTS.items()}
 """Of each field of :class:`EDiTConfig` that is one of several names, these names."""
+
+
+def _check_classes() -> None:
+    """A name without a class would be computed as another."""
+    for field, named in get_type_hints(EDiTConfig).items():
+        if get_origin(named) is Literal and get_args(named) != CHOICES.get(field):
+            raise TypeError(f"{field} may be one of {get_args(named)}, and there are classes for {CHOICES.get(field)}")
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -37,10 +41,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "local": {"kernel": "squared_relu", "query": "separable", "key": "plain", "local": True},
 }
 """By name, what differs from the fields' defaults; see :meth:`EDiTConfig.preset`."""
-
-QUERY_PARTS = {"conv_fusion": "conv_fusion", "separable": "conv_fusion", "mlp": "mlp_q"}
-KEY_PARTS = {"conv_fusion": "conv_fusion_k", "mlp": "mlp_k"}
-"""By `query` and `key`, what is added to queries and keys, as modules and weights files name it."""
 
 DEFAULT = "local"
 """The preset of new students: what docs/world.md found nearest to its teachers, at less than the paper's cost.
@@ -100,33 +100,23 @@ class EDiTConfig:
             raise EDiTConfigError(f"local must be true or false, not {self.local!r:.80}")
         if type(self.eps) not in (int, float) or not _LEAST_EPS <= self.eps < 1:
             raise EDiTConfigError(f"eps must be a number from {_LEAST_EPS:g} and under 1, not {self.eps!r:.80}")
-        if self.kernel == "softmax" and self.key != "compressor":
-            raise EDiTConfigError(
-                f"kernel=softmax needs key=compressor, not {self.key}: over all keys it costs what the teacher's does"
-            )
-        if self.kernel == "squared_relu" and self.softmax_features == "post":
-            raise EDiTConfigError(
-                "softmax_features=post goes with kernel=relu or elu: squares are no softmax's queries"
-            )
-        for name, why in self._idle().items():
-            value = getattr(self, name)
-            if value != getattr(type(self), name):
-                raise EDiTConfigError(f"{name}={value} has no meaning with {why}")
+        KERNELS[self.kernel].check(self)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and (why := self._why_idle(field.name)):
+                raise EDiTConfigError(f"{field.name}={value} has no meaning with {why}")
 
-    def _idle(self) -> dict[str, str]:
-        """The fields that nothing reads under these choices, and the choice that makes each so."""
-        idle = {}
-        if not {self.query, self.key} & {"conv_fusion", "separable", "mlp"}:
-            idle["compression"] = f"query={self.query} and key={self.key}"
-        if not {self.query, self.key} & {"conv_fusion", "separable"}:
-            idle["groups"] = f"query={self.query} and key={self.key}"
-        if self.key != "compressor":
-            idle["kv_stride"] = f"key={self.key}"
-        if self.joint == "linear":
-            idle.update(dict.fromkeys(("normaliser", "softmax_features"), "joint=linear"))
-        if self.kernel == "softmax":
-            idle.update(dict.fromkeys(("joint", "normaliser", "softmax_features", "eps"), "kernel=softmax"))
-        return idle
+    def _why_idle(self, name: str) -> str | None:
+        """The choices that leave a field without a meaning; None where one of them reads it, or none has to."""
+        reasons = []
+        for choice, variants in VARIANTS.items():
+            if any(name in variant.reads for variant in variants.values()):
+                chosen = getattr(self, choice)
+                why = self._why_idle(choice)
+                if why is None and name in variants[chosen].reads:
+                    return None
+                reasons.append(why or f"{choice}={chosen}")
+        return " and ".join(dict.fromkeys(reasons)) or None
 
     @classmethod
     def preset(cls, name: str = DEFAULT, /, **changes: Any) -> EDiTConfig:
@@ -153,7 +143,12 @@ class EDiTConfig:
     @property
     def side_weights(self) -> bool:
         """Whether a student has weights of its own beside the base's; without, it is its differences on the base."""
-        return self.local or (self.query, self.key) != ("plain", "plain")
+        return bool(self.parts)
+
+    @property
+    def parts(self) -> Parts:
+        """The kinds of side modules of an attention, by the names that weights files give them."""
+        return KERNELS[self.kernel].parts(self)
 
     def hidden(self, dim: int) -> int:
         """Channels of a bottleneck for a model of width `dim`.
@@ -183,3 +178,6 @@ class EDiTConfig:
             raise EDiTConfigError(f"config must be a JSON object, not {type(fields).__name__}")
         cls._check_names(fields)
         return cls(**fields)
+
+
+_check_classes()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from edit_core import EDiTConfig, EDiTConfigError, EDiTError, EDiTModelError, EDiTWeights, EDiTWeightsError, apply_edit
 from edit_core.attention import EDiTAttention, HybridAttention, Projections, merge_heads, naive, split_heads
-from edit_core.attention.edit import one_plus_elu
+from edit_core.attention.forms import one_plus_elu
 from edit_core.attention.linear import read, state
 from edit_core.attention.modules import MLPFusion
 from edit_core.backbones import identify, identify_module

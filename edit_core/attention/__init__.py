@@ -1,17 +1,30 @@
 """EDiT and MM-EDiT as functions and modules on plain tensors; `naive` is their specification."""
 
-from .edit import SITES, EDiTAttention, HybridAttention, Projections, Softmax, softmax_attention
+from .call import Grid, Image, Norm, PlacedNorm, Projections, Softmax, softmax_attention
+from .forms import KERNELS, Form
+from .joint import JOINTS, NORMALISERS, SOFTMAX_FEATURES
+from .keys import KEYS
 from .linear import linear_attention, merge_heads, split_heads
-from .modules import ConvFusion, Grid, LayerFactory, SpatialCompressor
+from .modules import ConvFusion, LayerFactory, SpatialCompressor
+from .queries import QUERIES
+from .sites import SITES, EDiTAttention, HybridAttention, SideAttention
+from .variant import Variant
 
 __all__ = [
+    "SIDE_TENSORS",
     "SITES",
+    "VARIANTS",
     "ConvFusion",
     "EDiTAttention",
+    "Form",
     "Grid",
     "HybridAttention",
+    "Image",
     "LayerFactory",
+    "Norm",
+    "PlacedNorm",
     "Projections",
+    "SideAttention",
     "Softmax",
     "SpatialCompressor",
     "linear_attention",
@@ -19,3 +32,17 @@ __all__ = [
     "softmax_attention",
     "split_heads",
 ]
+
+VARIANTS: dict[str, dict[str, type[Variant]]] = {
+    "normaliser": {**NORMALISERS},
+    "softmax_features": {**SOFTMAX_FEATURES},
+    "kernel": {**KERNELS},
+    "query": {**QUERIES},
+    "key": {**KEYS},
+    "joint": {**JOINTS},
+}
+"""Of each field of the config that is one of several names, the class of each name."""
+
+_PARTS = {name for registry in (QUERIES, KEYS) for variant in registry.values() for name in variant.parts}
+SIDE_TENSORS = (*sorted(f"{name}." for name in _PARTS), *(f"{site}.local." for site in SITES))
+"""Parts of names that only side weights' tensors have."""

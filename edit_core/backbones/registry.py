@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from ..attention import SIDE_TENSORS
 from ..errors import EDiTModelError, quoted, shown
 from .base import Backbone, Base, Shapes
 
@@ -41,15 +42,7 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
     ("down_blocks.0.", "a UNet or a VAE (diffusers names)"),
     *(
         (part, "EDiT weights; these go to EDiTLoadWeights or --weights, and are not a base model")
-        for part in (
-            "conv_fusion",
-            "compress_k.",
-            "mlp_q.",
-            "mlp_k.",
-            "self.local.",
-            "joint.local.",
-            "base.transformer_blocks.",
-        )
+        for part in (*SIDE_TENSORS, "base.transformer_blocks.")
     ),
     ("lora", "a LoRA, not a base model"),
     ("encoder.block.", "a T5 text encoder, not a base model"),

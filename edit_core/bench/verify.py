@@ -13,14 +13,12 @@ from ..attention import HybridAttention, naive
 from ..backbones import Backbone
 from ..config import PRESETS
 from ..errors import EDiTResultError
+from ..runtime import TOLERANCES
 from .contenders import contender, install, processors
 from .subjects import Subject, layer
 
-__all__ = ["TOLERANCES", "verify"]
+__all__ = ["verify"]
 
-TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Relative errors of a layer's outputs, projections included, that rounding explains: four times those seen on a CPU;
-in float32 those of TensorFloat-32, which convolutions take on CUDA."""
 _GRID, _BATCH, _PROMPT = (9, 12), 2, 20  # an odd side, and small enough for quadratic formulas in float64
 
 

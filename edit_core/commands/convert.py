@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..basefile import BaseFile
+from ..distill.checkpoint import from_checkpoint
 from ..errors import EDiTError
 from ..files import new_output
 from ..layers import format_layers
 from ..weights import EDiTWeights
-from ..weights.convert import from_checkpoint, merge, split
+from ..weights.convert import merge, split
 from .common import Result
 
 

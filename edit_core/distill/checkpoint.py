@@ -14,10 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ..basefile import BaseFile
 from ..errors import EDiTError
-from ..files import sync_folder, write_file
+from ..files import read_json, sync_folder, write_file
+from ..weights import EDiTWeights
 
-__all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["from_checkpoint", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -72,6 +74,26 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
     except (SafetensorError, OSError, ValueError) as error:
         raise EDiTError(f"{path} is damaged ({error}); delete it to resume from the checkpoint before it") from None
+
+
+def from_checkpoint(folder: Path, raw: bool = False) -> EDiTWeights:
+    """The student in a training's checkpoint, without its teacher.
+
+    Args:
+        folder: one checkpoint.
+        raw: take the weights as trained, and not their average.
+
+    Raises:
+        EDiTError: not a checkpoint, or one of a version that did not keep what a weights file needs.
+        EDiTWeightsError: its tensors do not make up a student.
+    """
+    state = read_json(folder / STATE)
+    metadata = state.get("weights") if isinstance(state, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise EDiTError(f"{folder / STATE} does not say what its weights are for; an older version wrote it")
+    averaged = any(name.startswith("ema.") for name in BaseFile(folder / TENSORS).shapes)
+    prefix = "ema." if averaged and not raw else "weights."
+    return EDiTWeights.load_from_checkpoint(folder / TENSORS, metadata, prefix)
 
 
 def _finished(folder: Path) -> list[Path]:

@@ -16,13 +16,14 @@ __all__ = ["INTERPRETED", "features", "on_device_of", "precision", "rows"]
 
 @triton.jit
 def features(x, kernel: tl.constexpr):
-    """:data:`edit_core.attention.edit.KERNELS` on a float32 tile; not a number stays so, as it does in PyTorch."""
+    """A form's `rectified` on a float32 tile; not a number stays so, as it does in PyTorch."""
     positive = tl.where(x < 0, 0.0, x)
     if kernel == "squared_relu":
         result = positive * positive
     elif kernel == "elu":
         result = tl.exp(tl.where(x < 0, x, 0.0)) + positive
     else:
+        tl.static_assert(kernel == "relu")
         result = positive
     return result
 

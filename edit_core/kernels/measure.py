@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from ..attention import EDiTAttention, Grid, HybridAttention, Projections, naive
+from ..attention import EDiTAttention, Grid, HybridAttention, Projections, SideAttention, naive
 from ..backbones import BACKBONES
-from ..bench.verify import TOLERANCES
 from ..config import EDiTConfig
-from ..runtime import timed
+from ..runtime import TOLERANCES, timed
 from .choice import PARTS, remember, using
 
 __all__ = ["GRIDS", "WIDTHS", "Outcome", "measure"]
@@ -88,8 +87,8 @@ def _outcome(
 
 
 def _attention(
-    kind: type[EDiTAttention], part: str, device: torch.device, dtype: torch.dtype, channels: int
-) -> EDiTAttention:
+    kind: type[SideAttention], part: str, device: torch.device, dtype: torch.dtype, channels: int
+) -> SideAttention:
     """Random in all its parts, so that an error in any of them shows."""
     attention = kind(channels, _CONFIGS[part]).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -134,8 +133,8 @@ def _speed(part: str, device: torch.device, dtype: torch.dtype, channels: int, h
     x, base = _tokens(grid[0] * grid[1], device, dtype, channels)
     calls: dict[str, Callable[[], Tensor]] = {
         "linear": lambda: attention(x, base, grid, heads),
-        "conv_fusion": lambda: attention.conv_fusion(x, base.q, grid),
-        "depthwise": lambda: attention.compress_k(base.k, grid),
+        "conv_fusion": lambda: attention.get_submodule("conv_fusion")(x, base.q, grid),
+        "depthwise": lambda: attention.get_submodule("compress_k")(base.k, grid),
     }
 
     def several(parts: tuple[str, ...]) -> float:

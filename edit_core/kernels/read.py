@@ -30,32 +30,39 @@ class Local(NamedTuple):
     """`(H, W)` with `H·W = N`."""
 
 
+class _Tokens(NamedTuple):
+    """Tokens `(B, N, C)` as a kernel finds them, their channels side by side."""
+
+    at: Tensor
+    batch: int
+    """Elements from one picture to the next."""
+    token: int
+
+
+class _Near(NamedTuple):
+    """:class:`Local` for a kernel."""
+
+    v: _Tokens
+    weight: Tensor
+    bias: Tensor
+    height: int
+    width: int
+
+
 @triton.jit
 def _read(
     q,
     state,
     soft,
-    v,
-    weight,
-    bias,
+    local,
     out,
     tokens,
-    height,
-    width,
     eps,
     share,
-    q_batch,
-    q_token,
-    soft_batch,
-    soft_token,
-    v_batch,
-    v_token,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     KERNEL: tl.constexpr,
-    SOFT: tl.constexpr,
-    LOCAL: tl.constexpr,
     ROUND: tl.constexpr,
     DOT: tl.constexpr,
     HOW: tl.constexpr,
@@ -67,8 +74,8 @@ def _read(
     token, channel = n[:, None], d[None, :]
     inside = (first + token < tokens) & (channel < D)
 
-    q += batch.to(tl.int64) * q_batch + first * q_token + head * D
-    phi = features(tl.load(q + token * q_token + channel, mask=inside, other=0.0).to(tl.float32), KERNEL)
+    queries = q.at + batch.to(tl.int64) * q.batch + first * q.token + head * D
+    phi = features(tl.load(queries + token * q.token + channel, mask=inside, other=0.0).to(tl.float32), KERNEL)
     phi = tl.where(inside, phi, 0.0).to(ROUND)
     state += (batch * heads + head).to(tl.int64) * (D * (D + 1))
     known = (d[:, None] < D) & (channel < D)
@@ -77,20 +84,21 @@ def _read(
     y = tl.dot(phi.to(DOT), products.to(ROUND).to(DOT), input_precision=HOW)
     y = y / (tl.sum(phi.to(tl.float32) * sums[None, :], 1) + eps)[:, None]
 
-    if SOFT:
-        soft += batch.to(tl.int64) * soft_batch + first * soft_token + head * D
-        other = tl.load(soft + token * soft_token + channel, mask=inside, other=0.0).to(tl.float32)
+    if soft is not None:
+        rows_at = soft.at + batch.to(tl.int64) * soft.batch + first * soft.token + head * D
+        other = tl.load(rows_at + token * soft.token + channel, mask=inside, other=0.0).to(tl.float32)
         y = other + share * (y - other)
-    if LOCAL:
-        v += batch.to(tl.int64) * v_batch + first * v_token + head * D
+    if local is not None:
+        v, height, width = local.v, local.height, local.width
+        values = v.at + batch.to(tl.int64) * v.batch + first * v.token + head * D
         row, column = (first + token) // width, (first + token) % width
-        y += tl.load(bias + head * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(local.bias + head * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         for tap in range(9):  # not unrolled: all nine loads at once would spill registers
             down, right = tap // 3 - 1, tap % 3 - 1
             there = inside & (row + down >= 0) & (row + down < height)
             there = there & (column + right >= 0) & (column + right < width)
-            near = tl.load(v + (token + down * width + right) * v_token + channel, mask=there, other=0.0)
-            factor = tl.load(weight + (head * D + d) * 9 + tap, mask=d < D, other=0.0)
+            near = tl.load(values + (token + down * width + right) * v.token + channel, mask=there, other=0.0)
+            factor = tl.load(local.weight + (head * D + d) * 9 + tap, mask=d < D, other=0.0)
             y += near.to(tl.float32) * factor.to(tl.float32)[None, :]
 
     out += (batch * tokens + first) * (heads * D) + head * D
@@ -125,44 +133,32 @@ def read(
     Returns:
         `(B, N, C)`.
     """
-    q = rows(q)
     batch, tokens, channels = q.shape
     heads, d = state.shape[1:3]
     y = torch.empty(batch, tokens, channels, device=q.device, dtype=dtype)
-    # What is left out still needs an address.
-    soft_rows = q if soft is None else rows(soft)
-    v, weight, bias, (height, width) = Local(q, q, q, (1, 1)) if local is None else local
-    v = rows(v)
-    product = precision(q.dtype, wide=True)  # the sums over all keys
+    near = None if local is None else _Near(_tokens(local.v), local.weight.contiguous(), local.bias, *local.grid)
     block = _BLOCK if q.dtype == torch.bfloat16 and local is None else _BLOCK // 2
     padded = max(16, triton.next_power_of_2(d))
     with on_device_of(q):
         _read[(heads, triton.cdiv(tokens, block), batch)](
-            q,
+            _tokens(q),
             state,
-            soft_rows,
-            v,
-            weight.contiguous() if local else weight,
-            bias,
+            None if soft is None else _tokens(soft),
+            near,
             y,
             tokens,
-            height,
-            width,
             eps,
             share,
-            q.stride(0),
-            q.stride(1),
-            soft_rows.stride(0),
-            soft_rows.stride(1),
-            v.stride(0),
-            v.stride(1),
             D=d,
             D_PADDED=padded,
             BLOCK=block,
             KERNEL=kernel,
-            SOFT=soft is not None,
-            LOCAL=local is not None,
-            **product,
+            **precision(q.dtype, wide=True),  # the sums over all keys
             num_warps=8 if padded > 64 else 4,
         )
     return y
+
+
+def _tokens(tokens: Tensor) -> _Tokens:
+    at = rows(tokens)
+    return _Tokens(at, at.stride(0), at.stride(1))

@@ -1,4 +1,4 @@
-"""From a training checkpoint to EDiT weights, and between weights with differences and models that have them baked in.
+"""Between EDiT weights with differences and models that have them baked in.
 
 Ours; the paper stores nothing of the kind. Baking in is what a LoRA's merge is: `W + B @ A` in float32, rounded to the
 model's own dtype.
@@ -21,33 +21,12 @@ from torch import Tensor
 
 from ..backbones import Base, BaseLinear
 from ..basefile import BaseFile
-from ..distill.checkpoint import STATE, TENSORS
 from ..errors import EDiTError, EDiTModelError
-from ..files import read_json, sync_folder, write_file
+from ..files import sync_folder, write_file
 from . import DTYPES, EDiTWeights, fingerprint
 from .differences import PREFIX, in_full
 
-__all__ = ["from_checkpoint", "merge", "split"]
-
-
-def from_checkpoint(folder: Path, raw: bool = False) -> EDiTWeights:
-    """The student in a training's checkpoint, without its teacher.
-
-    Args:
-        folder: one checkpoint.
-        raw: take the weights as trained, and not their average.
-
-    Raises:
-        EDiTError: not a checkpoint, or one of a version that did not keep what a weights file needs.
-        EDiTWeightsError: its tensors do not make up a student.
-    """
-    state = read_json(folder / STATE)
-    metadata = state.get("weights") if isinstance(state, dict) else None
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise EDiTError(f"{folder / STATE} does not say what its weights are for; an older version wrote it")
-    averaged = any(name.startswith("ema.") for name in BaseFile(folder / TENSORS).shapes)
-    prefix = "ema." if averaged and not raw else "weights."
-    return EDiTWeights.load_from_checkpoint(folder / TENSORS, metadata, prefix)
+__all__ = ["merge", "split"]
 
 
 class _Change(NamedTuple):

@@ -207,7 +207,9 @@ def in_full(parts: Mapping[str, Tensor], part: str) -> Tensor | None:
     """A difference's `weight (C, C)` or `bias (C,)` in float32; None where it leaves that part alone."""
     if part in parts:
         return parts[part].float()
-    return parts["lora_B.weight"].float() @ parts["lora_A.weight"].float() if part == "weight" else None
+    if part == "weight" and "lora_A.weight" in parts:
+        return parts["lora_B.weight"].float() @ parts["lora_A.weight"].float()
+    return None
 
 
 def count_kinds(differences: Differences) -> dict[str, int]:

@@ -146,7 +146,7 @@ def attention(preset: str, changes: dict[str, Any], joint: bool) -> float:
     """A whole attention, whatever of it has kernels as kernels; and the eager path must not have been what ran."""
     from edit_core import kernels
     from edit_core.attention import EDiTAttention, HybridAttention, Projections
-    from edit_core.kernels import attention as module
+    from edit_core.attention import fused as module
 
     channels, heads, grid = 32, 2, (5, 6)
     config = EDiTConfig.preset(preset, **changes)
@@ -176,7 +176,7 @@ def measured(parts: tuple[str, ...], break_it: str = "") -> dict[str, Any]:
     """What :func:`edit_core.kernels.measure.measure` finds at a small width, perhaps with a broken kernel."""
     from dataclasses import asdict
 
-    from edit_core.kernels import attention as module
+    from edit_core.kernels import depthwise as module
     from edit_core.kernels import measure
 
     measure.WIDTHS = {"pixart_sigma": (32, 2)}
