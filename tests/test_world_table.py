@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def test_a_row_is_trained_judged_and_added(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(table, "SIZES", (128, 144))
     monkeypatch.setattr(table, "COST_SIZES", (128,))
     monkeypatch.setattr(table, "load_config", quick(table.load_config))
+    monkeypatch.setattr(table, "pictures", partial(table.pictures, steps=4))
+    monkeypatch.setattr(judge, "distance", partial(judge.distance, count=8))
     results = tmp_path / "world.json"
     results.write_text(json.dumps([{"backbone": "sd35_medium", "method": "edit", "seed": 0}]))
     runs = ["--results", str(results), "--runs", str(tmp_path / "runs"), "--scenes", "40", "--pictures", "8"]

@@ -32,8 +32,9 @@ def pixart(seed: int = 0, heads: int = 4, head_dim: int = 18, blocks: int = 2, c
     torch.manual_seed(seed)
     model = PixArtTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=head_dim, cross_attention_dim=heads * head_dim,
-        num_layers=blocks, caption_channels=caption, sample_size=128 if sized else 64, interpolation_scale=1,
-        use_additional_conditions=sized,  # the pipeline of PixArt-α hands on sizes where sample_size is 128
+        num_layers=blocks, caption_channels=caption, use_additional_conditions=sized,
+        # The pipeline of PixArt-α hands on sizes where sample_size is 128. The positions are the same ones in both.
+        sample_size=128 if sized else 64, interpolation_scale=2 if sized else 1,
     )  # fmt: skip
     randomise(model, seed + 1)
     return model.eval()
