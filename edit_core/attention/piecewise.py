@@ -61,6 +61,8 @@ class PiecewisePlan:
             raise ValueError(f"every number of {self} has to be 1 or more")
         if self.tile % self.unit or self.cell % self.tile:
             raise ValueError(f"the unit has to divide the tile and the tile the cell: {self}")
+        if self.exact < (self.tile // self.unit) ** 2:
+            raise ValueError(f"exact has to be no less than the units of a tile: {self}")
 
 
 class _Layout(NamedTuple):
@@ -303,7 +305,9 @@ class _Choice(NamedTuple):
             score = _mass([cells, *rest], shares) * self.spread[1].unsqueeze(1)  # (G, t, M)
             own = places == layout.own[tiles].view(-1, 1)
             opened = score.masked_fill_(own, math.inf).topk(plan.opened, -1).indices
-            cells = cells.masked_fill(torch.zeros_like(score, dtype=torch.bool).scatter_(2, opened, True).unsqueeze(2), -math.inf)
+            cells = cells.masked_fill(
+                torch.zeros_like(score, dtype=torch.bool).scatter_(2, opened, True).unsqueeze(2), -math.inf
+            )
             ids = layout.units.index_select(0, opened.flatten()).view(groups, count, -1)  # (G, t, K)
             known = ids.clamp(max=total - 1)
             at = (known + torch.arange(groups, device=q.device).view(-1, 1, 1) * total).flatten()
@@ -559,9 +563,7 @@ class _Memory(NamedTuple):
             )
         parts = [
             [x.flatten(1, 2), mean.to(x.dtype), *more, x.new_zeros(groups, 1, d)]
-            for x, mean, more in zip(
-                (k, v), (of_cells.keys, of_cells.values), _pairs(prompt), strict=True
-            )
+            for x, mean, more in zip((k, v), (of_cells.keys, of_cells.values), _pairs(prompt), strict=True)
         ]
         seen = torch.cat([seen.flatten(1), of_cells.count, seen_prompt.expand(len(seen), -1)], 1)
         flat = [_memory(p, whole).flatten(0, 1) for p, whole in zip(parts, wholes, strict=True)]
