@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ..attention import EDiTAttention, Grid
+from ..attention import Grid, SideAttention
 from ..hosts.processors import Processor
 
 __all__ = ["Backbone", "Base", "BaseLinear", "HostCall", "Shapes", "attention_linears", "count_blocks"]
@@ -156,7 +156,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def comfy_forward(
-        self, module: Any, sides: Mapping[str, EDiTAttention], call: HostCall, *args: Any, **kwargs: Any
+        self, module: Any, sides: Mapping[str, SideAttention], call: HostCall, *args: Any, **kwargs: Any
     ) -> Tensor | tuple[Tensor | None, Tensor]:
         """The replaced forward: the module's own, with `sides` in place of its softmax attentions."""
 

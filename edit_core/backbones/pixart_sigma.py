@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attention import EDiTAttention, Grid, Projections
+from ..attention import Grid, Projections, SideAttention
 from ..errors import EDiTModelError
 from ..hosts.processors import Processor, SelfProcessor
 from .base import Backbone, Base, BaseLinear, HostCall, Shapes, attention_linears, count_blocks
@@ -62,7 +62,7 @@ class PixArtSigma(Backbone):
         return x.shape[1]
 
     def comfy_forward(
-        self, module: Any, sides: Mapping[str, EDiTAttention], call: HostCall, x: Tensor, *args: Any, **kwargs: Any
+        self, module: Any, sides: Mapping[str, SideAttention], call: HostCall, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         base = Projections(*module.qkv(x).chunk(3, dim=-1))  # 3 x (B, N, C)
         y = sides["self"](x, base, call.grid, module.num_heads, softmax=call.softmax)  # (B, N, C)

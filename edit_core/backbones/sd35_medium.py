@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attention import EDiTAttention, Grid, Projections
+from ..attention import Grid, Projections, SideAttention
 from ..hosts.processors import JointProcessor, Processor, SelfProcessor
 from .base import Backbone, Base, BaseLinear, HostCall, Shapes, attention_linears, count_blocks
 
@@ -80,7 +80,7 @@ class SD35Medium(Backbone):
     def comfy_forward(
         self,
         module: Any,
-        sides: Mapping[str, EDiTAttention],
+        sides: Mapping[str, SideAttention],
         call: HostCall,
         context: Tensor,
         x: Tensor,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import EDiTAttention, Grid
+from ..attention import Grid, SideAttention
 from ..backbones import identify_module, module_tensors
 from ..crossover import MinTokens, resolve
 from ..errors import EDiTModelError
@@ -90,7 +90,7 @@ class EDiTHandle:
         key: str,
         attention: Any,
         processor_class: type[Processor],
-        side: EDiTAttention,
+        side: SideAttention,
         differences: nn.ModuleDict,
     ) -> None:
         """Replaces one attention's processor; `key` is its `<block>.<site>`."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..attention import EDiTAttention, Grid, Projections
+from ..attention import Grid, Projections, SideAttention
 
 __all__ = ["Host", "JointProcessor", "Processor", "SelfProcessor", "Tap"]
 
@@ -46,7 +46,7 @@ class Processor(nn.Module):
             linears stay as they are, so the original processor computes what it always did.
     """
 
-    def __init__(self, key: str, side: EDiTAttention, original: Any, host: Host, differences: nn.ModuleDict) -> None:
+    def __init__(self, key: str, side: SideAttention, original: Any, host: Host, differences: nn.ModuleDict) -> None:
         super().__init__()
         self.key = key
         self.side = side
