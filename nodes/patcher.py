@@ -24,7 +24,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 
 from ..edit_core import EDiTWeights
-from ..edit_core.attention import EDiTAttention
+from ..edit_core.attention import SideAttention
 from ..edit_core.backbones import Backbone, Base, HostCall, identify_module
 from ..edit_core.layers import format_layers
 
@@ -99,7 +99,7 @@ class EDiTInjection(PatcherInjection):
     def _forward(
         self,
         module: Any,
-        candidates: list[tuple[int, dict[str, EDiTAttention]]],
+        candidates: list[tuple[int, dict[str, SideAttention]]],
         running: Running,
         backbone: Backbone,
     ) -> Callable[..., Any]:
