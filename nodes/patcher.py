@@ -156,9 +156,9 @@ def replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Cal
     """Sets an instance's forward; returns what restores it exactly, another pack's object patch included."""
     if "forward" in module.__dict__:
         previous = module.forward
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
         return lambda: setattr(module, "forward", previous)
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     return lambda: delattr(module, "forward")
 
 
