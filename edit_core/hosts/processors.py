@@ -145,10 +145,10 @@ class Processor:
             masked=attention_mask is not None,
             pictured=ip_hidden_states is not None and self.sees_pictures,
         )
+        if self.host.log is not None:
+            self.host.log.note(reason)
         dense = partial(self.original, attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         if call is None or reason is not None:
-            if self.host.log is not None and reason is not None:
-                self.host.log.say(reason)
             return dense()
         if call.tap is None:
             return self.edit(attn, hidden_states, encoder_hidden_states, call.grid)
