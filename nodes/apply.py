@@ -9,17 +9,8 @@ from comfy_api.latest import io
 from ..edit_core import EDiTConfig, EDiTError, EDiTWeights
 from ..edit_core.crossover import measured_at, resolve
 from ..edit_core.layers import check_layers
-from .checks import check_values, refusal
+from .common import CATEGORY, Weights, check_values, layers_input, refusal
 from .patcher import KEY, apply_to_model, base_tensor, compute_dtype, identify_model
-
-CATEGORY = "EDiT"
-Weights = io.Custom("EDIT_WEIGHTS")
-
-LAYERS_TOOLTIP = 'Transformer blocks: "all", "none", or a list such as "0, 3-9, 27".'
-
-
-def layers_input() -> io.String.Input:
-    return io.String.Input("layers", default="all", tooltip=LAYERS_TOOLTIP)
 
 
 def linear_blocks(model: Any) -> set[int]:

@@ -17,8 +17,7 @@ from ..edit_core.backbones import CELL, Backbone, Condition
 from ..edit_core.errors import quoted
 from ..edit_core.runtime import timed
 from . import charts
-from .apply import CATEGORY
-from .checks import check_values, refusal
+from .common import CATEGORY, check_values, refusal
 from .patcher import compute_dtype, identify_model
 from .teacher import Teacher, sample_with
 

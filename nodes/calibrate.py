@@ -15,8 +15,7 @@ from ..edit_core import EDiTWeights
 from ..edit_core.distill.losses import TransferTap
 from ..edit_core.distill.transfer import trained_weights, transfer
 from . import charts
-from .apply import CATEGORY, Weights
-from .checks import check_values
+from .common import CATEGORY, Weights, check_values
 from .teacher import Student, Teacher, sample_with
 
 logger = logging.getLogger(__name__)

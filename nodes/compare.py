@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..edit_core import EDiTError
 from ..edit_core.similarity import psnr, ssim
-from .apply import CATEGORY
-from .checks import check_values
+from .common import CATEGORY, check_values
 
 
 class EDiTCompare(io.ComfyNode):

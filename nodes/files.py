@@ -18,8 +18,7 @@ from ..edit_core import EDiTError, EDiTWeights
 from ..edit_core.backbones import Base, identify
 from ..edit_core.basefile import BaseFile
 from ..edit_core.errors import EDiTModelError, quoted
-from .apply import CATEGORY, Weights
-from .checks import check_values, refusal
+from .common import CATEGORY, Weights, check_values, refusal
 from .patcher import apply_to_model
 from .small_world import is_small_teacher, load_small_teacher
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.lora
 import comfy.model_management
@@ -24,8 +25,9 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 
 from ..edit_core import EDiTWeights
-from ..edit_core.attention import EDiTAttention
+from ..edit_core.attention import SideAttention
 from ..edit_core.backbones import Backbone, Base, HostCall, identify_module
+from ..edit_core.hosts.dense import DenseLog, dense_reason
 from ..edit_core.layers import format_layers
 
 __all__ = ["KEY", "apply_to_model", "base_tensor", "compute_dtype", "identify_model", "replace_forward"]
@@ -47,16 +49,36 @@ class Application:
     changed: frozenset[str]
     """Diffusers paths of the base's linears that it patched."""
 
+    def in_range(self, sampling: Any, options: Mapping[str, Any]) -> bool:
+        """Whether a call of the model lies between its two points of the schedule."""
+        if (self.start_percent, self.end_percent) == (0.0, 1.0):
+            return True
+        # Of 0 a flow model says 1.0, and its first sigma may be rounded to a little more.
+        start = math.inf if self.start_percent == 0.0 else float(sampling.percent_to_sigma(self.start_percent))
+        return float(sampling.percent_to_sigma(self.end_percent)) <= float(options["sigmas"].max()) <= start
+
+
+class Call(NamedTuple):
+    """One call of a base model."""
+
+    host: HostCall
+    active: tuple[bool, ...]
+    """Per application, whether the call is one for it."""
+
+
+class UnderWay(threading.local):
+    """The call of a base model that is under way in the current thread."""
+
+    call: Call | None = None
+
 
 @dataclass
 class Running:
-    """An injection at work in one base model: what to undo, and the call that is under way."""
+    """An injection at work in one base model: what to undo, and the calls that are under way."""
 
     injection: EDiTInjection
     restore: list[Callable[[], None]] = field(default_factory=list)
-    call: HostCall | None = None
-    active: list[bool] = field(default_factory=list)
-    """Per application, whether the call under way is one for it."""
+    under_way: UnderWay = field(default_factory=UnderWay)
 
 
 # Keyed by the BaseModel, since the replaced forwards and the wrapper meet in nothing else; PixArt passes no options.
@@ -69,12 +91,7 @@ class EDiTInjection(PatcherInjection):
     def __init__(self, applications: tuple[Application, ...]) -> None:
         super().__init__(self._inject, self._eject)
         self.applications = applications
-        self._said: set[str] = set()
-
-    def stay_dense(self, reason: str) -> None:
-        if reason not in self._said:
-            self._said.add(reason)
-            logger.info("EDiT: stays dense: %s", reason)
+        self.log = DenseLog()
 
     def _inject(self, patcher: Any) -> None:
         self._eject(patcher)
@@ -99,61 +116,49 @@ class EDiTInjection(PatcherInjection):
     def _forward(
         self,
         module: Any,
-        candidates: list[tuple[int, dict[str, EDiTAttention]]],
+        candidates: list[tuple[int, dict[str, SideAttention]]],
         running: Running,
         backbone: Backbone,
     ) -> Callable[..., Any]:
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = running.call
-            if call is None:
-                self.stay_dense("the model was called without ComfyUI's apply_model, so the latent's size is unknown")
-                return original(*args, **kwargs)
+            call = running.under_way.call
             # The application that came last has the first word; begin_call said why one is not active.
-            sides = next((sides for i, sides in candidates if running.active[i]), None)
+            sides = next((sides for i, sides in candidates if call is None or call.active[i]), None)
             if sides is None:
                 return original(*args, **kwargs)
-            tokens = backbone.comfy_image_tokens(*args, **kwargs)
-            if tokens != call.grid[0] * call.grid[1]:
-                self.stay_dense(f"{tokens} tokens do not fill the {call.grid[0]}x{call.grid[1]} grid of the latent")
+            grid = None if call is None else call.host.grid
+            reason = dense_reason(grid, backbone.comfy_image_tokens(*args, **kwargs))
+            self.log.note(reason)
+            if call is None or reason is not None:
                 return original(*args, **kwargs)
-            return backbone.comfy_forward(module, sides, call, *args, **kwargs)
+            return backbone.comfy_forward(module, sides, call.host, *args, **kwargs)
 
         return forward
 
-    def begin_call(self, running: Running, model: Any, latent: torch.Tensor, options: dict[str, Any]) -> None:
+    def begin_call(self, model: Any, latent: torch.Tensor, options: dict[str, Any]) -> Call:
         """Decides, once per call of the model, which applications it is for."""
         grid = self.applications[0].backbone.comfy_grid(*latent.shape[-2:])
-        tokens = grid[0] * grid[1]
-        running.call = HostCall(grid, optimized_attention)
-        running.active = []
+        active = []
         for application in self.applications:
-            active = tokens >= application.min_tokens
-            if not active:
-                self.stay_dense(f"{tokens} tokens are fewer than min_tokens={application.min_tokens}")
+            reason = dense_reason(grid, math.prod(grid), min_tokens=application.min_tokens)
             # Reading sigma waits for the device, so it is only done where the answer depends on it.
-            elif (application.start_percent, application.end_percent) != (0.0, 1.0):
-                sampling = model.model_sampling
-                # Of 0 a flow model says 1.0, and its first sigma may be rounded to a little more.
-                from_start = application.start_percent == 0.0
-                start = math.inf if from_start else float(sampling.percent_to_sigma(application.start_percent))
-                end = float(sampling.percent_to_sigma(application.end_percent))
-                active = end <= float(options["sigmas"].max()) <= start
-                if not active:
-                    self.stay_dense(
-                        f"steps outside {application.start_percent:g}-{application.end_percent:g} of the schedule"
-                    )
-            running.active.append(active)
+            if reason is None and not application.in_range(model.model_sampling, options):
+                window = (application.start_percent, application.end_percent)
+                reason = dense_reason(grid, math.prod(grid), outside=window)
+            self.log.note(reason)
+            active.append(reason is None)
+        return Call(HostCall(grid, optimized_attention), tuple(active))
 
 
 def replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Sets an instance's forward; returns what restores it exactly, another pack's object patch included."""
     if "forward" in module.__dict__:
         previous = module.forward
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
         return lambda: setattr(module, "forward", previous)
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     return lambda: delattr(module, "forward")
 
 
@@ -179,11 +184,11 @@ def _make_wrapper(injection: EDiTInjection) -> Callable[..., Any]:
         if running is None:
             return executor(x, *args, **kwargs)
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[4]
-        injection.begin_call(running, executor.class_obj, x, options)
+        before, running.under_way.call = running.under_way.call, injection.begin_call(executor.class_obj, x, options)
         try:
             return executor(x, *args, **kwargs)
         finally:
-            running.call = None
+            running.under_way.call = before
 
     return edit_apply_model
 

@@ -13,8 +13,7 @@ from ..edit_core import EDiTError, EDiTWeights
 from ..edit_core.distill.losses import TransferTap
 from ..edit_core.layers import format_layers
 from . import charts
-from .apply import CATEGORY, Weights
-from .checks import check_values
+from .common import CATEGORY, Weights, check_values
 from .patcher import identify_model
 from .teacher import Student, Teacher, sample_with
 

@@ -19,8 +19,7 @@ from ..edit_core.backbones import Base
 from ..edit_core.world.files import FOLDERS
 from ..edit_core.world.teachers import HEAD_WIDTH, HEADS, MAX_TOKENS, position_table
 from ..edit_core.world.text import TOKENS, WIDTH, WorldText
-from .apply import CATEGORY
-from .checks import check_values, refusal
+from .common import CATEGORY, check_values, refusal
 
 CHANNELS = {backbone: heads * HEAD_WIDTH[backbone] for backbone, heads in HEADS.items()}
 

@@ -255,7 +255,7 @@ def _follow(
     x: Tensor,
 ) -> Tensor:
     """A linear of the student's, `(B, N, C)` -> `(B, N, C)`, or thrice as wide for a fused one."""
-    y = _FrozenLinear.apply(x, forward)
+    y: Tensor = _FrozenLinear.apply(x, forward)  # type: ignore[no-untyped-call] # PyTorch's
     if None in changes:
         y = y + changes[None](x)
     elif changes:

@@ -21,9 +21,12 @@ from torch import Tensor, nn
 
 from edit_core import EDiTConfig, EDiTConfigError, EDiTError, EDiTModelError, EDiTWeights, EDiTWeightsError, apply_edit
 from edit_core.attention import EDiTAttention, HybridAttention, Projections, merge_heads, naive, split_heads
-from edit_core.attention.forms import one_plus_elu
+from edit_core.attention.forms import KERNELS, StudentForm, one_plus_elu
+from edit_core.attention.joint import JOINTS, NORMALISERS, SOFTMAX_FEATURES
+from edit_core.attention.keys import KEYS
 from edit_core.attention.linear import read, state
 from edit_core.attention.modules import MLPFusion
+from edit_core.attention.queries import QUERIES
 from edit_core.backbones import identify, identify_module
 from edit_core.cli import main
 from edit_core.config import PRESETS
@@ -42,21 +45,21 @@ def configs(draw: st.DrawFn) -> EDiTConfig:
         return draw(st.sampled_from(choices))
 
     fields = {
-        "kernel": one_of("relu", "squared_relu", "elu", "softmax"),
-        "query": one_of("conv_fusion", "separable", "mlp", "plain"),
+        "kernel": one_of(*(name for name, form in KERNELS.items() if issubclass(form, StudentForm))),
+        "query": one_of(*QUERIES),
         "local": draw(st.booleans()),
     }  # fmt: skip
     if fields["kernel"] == "softmax":
         fields["key"] = "compressor"
     else:
-        fields.update(key=one_of("compressor", "conv_fusion", "mlp", "plain"), joint=one_of("hybrid", "linear"))
+        fields.update(key=one_of(*KEYS), joint=one_of(*JOINTS))
         fields["eps"] = 0.1  # a query that is nearly rectified away would divide rounding by rounding
         if fields["joint"] == "hybrid":
-            features = ("pre",) if fields["kernel"] == "squared_relu" else ("pre", "post")
-            fields.update(normaliser=one_of("token_ratio", "exact"), softmax_features=one_of(*features))
+            features = ("pre",) if fields["kernel"] == "squared_relu" else SOFTMAX_FEATURES
+            fields.update(normaliser=one_of(*NORMALISERS), softmax_features=one_of(*features))
     if fields["key"] == "compressor":
         fields["kv_stride"] = one_of(1, 2, 3)
-    if {fields["query"], fields["key"]} & {"conv_fusion", "separable", "mlp"}:
+    if "compression" in QUERIES[fields["query"]].reads | KEYS[fields.get("key", "compressor")].reads:
         fields["compression"] = one_of(1, 2, 4)
     return EDiTConfig(**fields)
 

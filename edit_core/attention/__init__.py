@@ -1,5 +1,7 @@
 """EDiT and MM-EDiT as functions and modules on plain tensors; `naive` is their specification."""
 
+from collections.abc import Mapping
+
 from .call import Grid, Image, Norm, PlacedNorm, Projections, Softmax, softmax_attention
 from .forms import KERNELS, Form
 from .joint import JOINTS, NORMALISERS, SOFTMAX_FEATURES
@@ -33,13 +35,13 @@ __all__ = [
     "split_heads",
 ]
 
-VARIANTS: dict[str, dict[str, type[Variant]]] = {
-    "normaliser": {**NORMALISERS},
-    "softmax_features": {**SOFTMAX_FEATURES},
-    "kernel": {**KERNELS},
-    "query": {**QUERIES},
-    "key": {**KEYS},
-    "joint": {**JOINTS},
+VARIANTS: Mapping[str, Mapping[str, type[Variant]]] = {
+    "normaliser": NORMALISERS,
+    "softmax_features": SOFTMAX_FEATURES,
+    "kernel": KERNELS,
+    "query": QUERIES,
+    "key": KEYS,
+    "joint": JOINTS,
 }
 """Of each field of the config that is one of several names, the class of each name."""
 

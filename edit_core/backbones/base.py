@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import EDiTAttention, Grid
+from ..attention import Grid, SideAttention
 from ..errors import EDiTModelError
 from ..objective import Objective
 
@@ -332,7 +332,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def comfy_forward(
-        self, module: Any, sides: Mapping[str, EDiTAttention], call: HostCall, *args: Any, **kwargs: Any
+        self, module: Any, sides: Mapping[str, SideAttention], call: HostCall, *args: Any, **kwargs: Any
     ) -> Tensor | tuple[Tensor | None, Tensor]:
         """The replaced forward: the module's own, with `sides` in place of its softmax attentions."""
 

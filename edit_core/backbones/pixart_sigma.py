@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..attention import EDiTAttention, Grid, Projections
+from ..attention import Grid, Projections, SideAttention
 from ..errors import EDiTModelError
 from ..objective import Diffusion
 from .base import CELL, Backbone, Base, BaseLinear, Condition, HostCall, Real, Shapes, attention_linears, count_blocks
@@ -114,7 +114,7 @@ class PixArtSigma(Backbone):
         return x.shape[1]
 
     def comfy_forward(
-        self, module: Any, sides: Mapping[str, EDiTAttention], call: HostCall, x: Tensor, *args: Any, **kwargs: Any
+        self, module: Any, sides: Mapping[str, SideAttention], call: HostCall, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         base = Projections(*module.qkv(x).chunk(3, dim=-1))  # 3 x (B, N, C)
         y = sides["self"](x, base, call.grid, module.num_heads, softmax=call.softmax)  # (B, N, C)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..attention import EDiTAttention, Grid, Projections
+from ..attention import Grid, Projections, SideAttention
 from ..objective import Flow
 from .base import CELL, Backbone, Base, BaseLinear, Condition, HostCall, Real, Shapes, attention_linears, count_blocks
 
@@ -122,7 +122,7 @@ class SD35Medium(Backbone):
     def comfy_forward(
         self,
         module: Any,
-        sides: Mapping[str, EDiTAttention],
+        sides: Mapping[str, SideAttention],
         call: HostCall,
         context: Tensor,
         x: Tensor,

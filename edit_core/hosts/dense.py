@@ -53,8 +53,8 @@ class DenseLog:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def say(self, reason: str) -> None:
-        """Logs a reason that :func:`dense_reason` gave."""
-        if not torch.compiler.is_compiling() and reason not in self._said:
+    def note(self, reason: str | None) -> None:
+        """Logs what :func:`dense_reason` gave, if that is a reason."""
+        if reason is not None and not torch.compiler.is_compiling() and reason not in self._said:
             self._said.add(reason)
             logger.warning("EDiT: stays dense: %s", reason)

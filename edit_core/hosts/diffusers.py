@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..attention import EDiTAttention, Grid
+from ..attention import Grid, SideAttention
 from ..backbones import identify_module, module_tensors
 from ..crossover import MinTokens, resolve
 from ..errors import EDiTModelError
@@ -95,7 +95,7 @@ class EDiTHandle:
         key: str,
         attention: Any,
         processor_class: type[Processor],
-        side: EDiTAttention,
+        side: SideAttention,
         differences: Mapping[str, nn.Module],
     ) -> None:
         """Replaces one attention's processor; `key` is its `<block>.<site>`."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ..attention import EDiTAttention, Grid, Projections
+from ..attention import Grid, Projections, SideAttention
 from .dense import DenseLog, dense_reason
 
 __all__ = [
@@ -77,7 +77,7 @@ class Site(nn.Module):
             linears stay as they are, so the original processor computes what it always did.
     """
 
-    def __init__(self, side: EDiTAttention, differences: Mapping[str, nn.Module]) -> None:
+    def __init__(self, side: SideAttention, differences: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.side = side
         # Not under the linears' own names: PEFT puts LoRAs into whatever is called `to_q`.
@@ -145,10 +145,10 @@ class Processor:
             masked=attention_mask is not None,
             pictured=ip_hidden_states is not None and self.sees_pictures,
         )
+        if self.host.log is not None:
+            self.host.log.note(reason)
         dense = partial(self.original, attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         if call is None or reason is not None:
-            if self.host.log is not None and reason is not None:
-                self.host.log.say(reason)
             return dense()
         if call.tap is None:
             return self.edit(attn, hidden_states, encoder_hidden_states, call.grid)

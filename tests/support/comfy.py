@@ -30,9 +30,17 @@ NO_COMFYUI = (
 
 
 def checkouts() -> list[Path]:
-    """`$COMFYUI_PATH` (several as in PATH), else every ComfyUI in `~/comfy/`, else the one around this pack."""
+    """`$COMFYUI_PATH` (several as in PATH), else every ComfyUI in `~/comfy/`, else the one around this pack.
+
+    Raises:
+        pytest.UsageError: the variable names something else.
+    """
     if named := os.environ.get("COMFYUI_PATH"):
-        return [Path(p) for p in named.split(os.pathsep) if p]
+        found = [Path(p) for p in named.split(os.pathsep) if p]
+        for path in found:
+            if not (path / "comfyui_version.py").is_file():
+                raise pytest.UsageError(f"COMFYUI_PATH names {path}, which is no ComfyUI: it has no comfyui_version.py")
+        return found
     home = sorted(p.parent for p in (Path.home() / "comfy").glob("*/comfyui_version.py"))
     around = PACK.parent.parent
     return home or ([around] if (around / "comfyui_version.py").is_file() else [])

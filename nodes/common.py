@@ -1,4 +1,4 @@
-"""What a widget may hold, checked by us where ComfyUI does not.
+"""What the nodes share: their sockets, and checks of what a widget may hold, where ComfyUI does not.
 
 ComfyUI leaves whatever `validate_inputs` names to us, does not look at linked values, and in 0.3 not at lists either.
 """
@@ -13,7 +13,17 @@ from comfy_api.latest import io
 from ..edit_core import EDiTError
 from ..edit_core.errors import quoted
 
-__all__ = ["check_values", "refusal"]
+__all__ = ["CATEGORY", "Weights", "check_values", "layers_input", "refusal"]
+
+CATEGORY = "EDiT"
+Weights = io.Custom("EDIT_WEIGHTS")
+
+
+def layers_input() -> io.String.Input:
+    """The socket of every node that takes a list of blocks."""
+    return io.String.Input(
+        "layers", default="all", tooltip='Transformer blocks: "all", "none", or a list such as "0, 3-9, 27".'
+    )
 
 
 def check_values(node: type[io.ComfyNode], **values: Any) -> None:
