@@ -13,14 +13,15 @@ from .attention.forms import KERNELS
 from .attention.modules import Parts
 from .errors import EDiTConfigError, shown
 
-__all__ = ["CHOICES", "DEFAULT", "PRESETS", "EDiTConfig"]
+__all__ = ["CHOICES", "DEFAULT", "PRESETS", "WITHOUT_WEIGHTS", "EDiTConfig"]
 
 Normaliser = Literal["token_ratio", "exact"]
 SoftmaxFeatures = Literal["pre", "post"]
-Kernel = Literal["relu", "squared_relu", "elu", "softmax"]
+Kernel = Literal["relu", "squared_relu", "elu", "softmax", "piecewise"]
 Query = Literal["conv_fusion", "separable", "mlp", "plain"]
 Key = Literal["compressor", "conv_fusion", "mlp", "plain"]
 Joint = Literal["hybrid", "linear"]
+Quality = Literal["fast", "balanced", "faithful"]
 
 CHOICES: dict[str, tuple[str, ...]] = {field: tuple(variants) for field, variants in VARIANTS.items()}
 """Of each field of :class:`EDiTConfig` that is one of several names, these names."""
@@ -39,8 +40,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "linfusion": {"kernel": "elu", "query": "mlp", "key": "mlp"},
     "kv_compression": {"kernel": "softmax", "query": "plain"},
     "local": {"kernel": "squared_relu", "query": "separable", "key": "plain", "local": True},
+    "piecewise": {"kernel": "piecewise", "query": "plain", "key": "plain"},
 }
 """By name, what differs from the fields' defaults; see :meth:`EDiTConfig.preset`."""
+
+WITHOUT_WEIGHTS = "piecewise"
+"""The preset that needs no weights, and no training."""
 
 DEFAULT = "local"
 """The preset of new students: what docs/world.md found nearest to its teachers, at less than the paper's cost.
@@ -74,7 +79,8 @@ class EDiTConfig:
     """Added to the linear normaliser, which is zero where a query's features are all rectified away."""
     kernel: Kernel = "relu"
     """What makes linear attention's features of queries and keys: `relu`, `squared_relu` (sharper, ours) or `elu`
-    (1 + ELU, LinFusion's). `softmax` stays quadratic, over compressed keys and values."""
+    (1 + ELU, LinFusion's). `softmax` stays quadratic, over compressed keys and values; `piecewise` is a softmax that is
+    exact where it matters and pooled elsewhere, at linear cost (after PISA, arXiv 2602.01077)."""
     query: Query = "conv_fusion"
     """What is added to the base's queries: `conv_fusion`; `separable`, which is ConvFusion with a linear and a
     depthwise 3x3 convolution for its dense one, a ninth of the cost (ours); LinFusion's `mlp`; or nothing (`plain`)."""
@@ -86,12 +92,18 @@ class EDiTConfig:
     local: bool = False
     """Whether each image token also gets the values around it, by a depthwise 3x3 convolution (ours): what linear
     attention blurs most is what lies nearest."""
+    quality: Quality = "balanced"
+    """Of `piecewise`: how much of a picture each query attends to in full."""
+    cell: int = 0
+    """Of `piecewise`: side of the squares of tokens that are pooled, a multiple of 4; 0 chooses one for the grid."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("compression", 1, 64), ("kv_stride", 1, 4), ("groups", 1, 1024)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise EDiTConfigError(f"{name} must be a whole number from {low} to {high}, not {value!r:.80}")
+        if type(self.cell) is not int or self.cell % 4 or not 0 <= self.cell <= 64:
+            raise EDiTConfigError(f"cell must be 0 or a multiple of 4 up to 64, not {self.cell!r:.80}")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -125,7 +137,8 @@ class EDiTConfig:
         `local` is what this project found best: a separable ConvFusion, squared ReLU, all keys, and a local branch. The
         others are published: `paper` is EDiT and MM-EDiT; `sana` the all-linear ReLU attention of SANA (arXiv
         2410.10629), `linfusion` that of LinFusion (arXiv 2409.02097), `kv_compression` PixArt-Σ's softmax over fewer
-        keys (arXiv 2403.04692): what the paper compares it with.
+        keys (arXiv 2403.04692): what the paper compares it with. `piecewise` (after PISA, arXiv 2602.01077) needs no
+        weights.
 
         Raises:
             EDiTConfigError: no such preset, or the changes do not go with it.
@@ -144,6 +157,11 @@ class EDiTConfig:
     def side_weights(self) -> bool:
         """Whether a student has weights of its own beside the base's; without, it is its differences on the base."""
         return bool(self.parts)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether it draws nothing of use without weights that were made for the model."""
+        return self.side_weights or not KERNELS[self.kernel].as_is
 
     @property
     def parts(self) -> Parts:

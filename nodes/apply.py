@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..edit_core import EDiTConfig, EDiTError, EDiTWeights
+from ..edit_core.config import CHOICES, WITHOUT_WEIGHTS
 from ..edit_core.crossover import measured_at, resolve
 from ..edit_core.layers import check_layers
 from .common import CATEGORY, Weights, check_values, layers_input, refusal
@@ -26,13 +27,19 @@ class EDiTApply(io.ComfyNode):
             node_id="EDiTApply",
             display_name="EDiT: Apply Linear Attention",
             category=CATEGORY,
-            description="Replaces the softmax attention of PixArt-Σ or SD3.5-Medium by EDiT's linear attention. "
+            description="Makes large pictures fast: replaces the softmax attention of PixArt or Stable Diffusion 3 by "
+            "one whose cost does not grow with the square of the picture. Without weights that is piecewise attention, "
+            "which works on any such model at once; with EDiT weights it is the attention that they were trained for. "
             "Works with LoRA, ControlNet and sampling nodes before or after it; bypassing it undoes it. "
             "Weights that also change the model's own layers do so as a LoRA does: throughout, whatever the range "
             "and min_tokens.",
             inputs=[
                 io.Model.Input("model", tooltip="A PixArt-Σ or Stable Diffusion 3.5-Medium model, from any loader."),
-                Weights.Input("edit_weights", tooltip="EDiT weights made for this model."),
+                Weights.Input(
+                    "edit_weights",
+                    optional=True,
+                    tooltip="EDiT weights made for this model. Without any, piecewise attention, which needs none.",
+                ),
                 layers_input(),
                 io.Float.Input(
                     "start_percent",
@@ -58,6 +65,15 @@ class EDiTApply(io.ComfyNode):
                     tooltip="Pictures with fewer image tokens keep the model's own attention. "
                     "512x512 pixels are 1024 tokens, 1024x1024 are 4096. -1: as many as "
                     "`python -m edit_core bench --crossover` measured on this device, 0 before that.",
+                ),
+                # Optional, since workflows from before it was there do not have it.
+                io.Combo.Input(
+                    "quality",
+                    options=list(CHOICES["quality"]),
+                    default=EDiTConfig.quality,
+                    optional=True,
+                    tooltip="Without weights: how much of the picture each part looks at in full. faithful is nearest "
+                    "to the model, fast is fastest.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The model with linear attention.")],
@@ -91,18 +107,20 @@ class EDiTApply(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        edit_weights: EDiTWeights,
         layers: str,
         start_percent: float,
         end_percent: float,
         min_tokens: int,
+        edit_weights: EDiTWeights | None = None,
+        quality: str = EDiTConfig.quality,
     ) -> io.NodeOutput:
         cls._check(layers, start_percent, end_percent)
-        check_values(cls, min_tokens=min_tokens)
+        check_values(cls, min_tokens=min_tokens, quality=quality)
         if min_tokens < 0:
             name, device = identify_model(model).backbone.name, model.load_device
             min_tokens = resolve("auto", name, compute_dtype(model), device)
-        patched = apply_to_model(model, edit_weights, layers, start_percent, end_percent, min_tokens)
+        chosen = edit_weights or EDiTConfig.preset(WITHOUT_WEIGHTS, quality=quality)
+        patched = apply_to_model(model, chosen, layers, start_percent, end_percent, min_tokens)
         # Plain numbers, which ComfyUI does not count as results: for the badge and the layer picker on the page.
         return io.NodeOutput(patched, ui={"edit_blocks": [len(linear_blocks(patched)), identify_model(patched).depth]})
 

@@ -14,9 +14,10 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..edit_core import EDiTError, EDiTWeights
+from ..edit_core import EDiTConfig, EDiTError, EDiTWeights
 from ..edit_core.backbones import Base, identify
 from ..edit_core.basefile import BaseFile
+from ..edit_core.config import WITHOUT_WEIGHTS
 from ..edit_core.errors import EDiTModelError, quoted
 from .common import CATEGORY, Weights, check_values, refusal
 from .patcher import apply_to_model
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "edit"
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 NO_WEIGHTS = "none"
+PIECEWISE = "piecewise (no weights)"
 
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -132,9 +134,10 @@ class EDiTLoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "edit_weights",
-                    options=[NO_WEIGHTS, *folder_paths.get_filename_list(FOLDER)],
+                    options=[NO_WEIGHTS, PIECEWISE, *folder_paths.get_filename_list(FOLDER)],
                     default=NO_WEIGHTS,
-                    tooltip="EDiT weights in models/edit to apply to all blocks, or none for the plain model.",
+                    tooltip="EDiT weights in models/edit to apply to all blocks; piecewise attention, without any; "
+                    "or none for the plain model.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The model, with EDiT if chosen.")],
@@ -151,13 +154,13 @@ class EDiTLoadModel(io.ComfyNode):
         if model_name is not None:  # what is linked is None at first
             model_path(model_name)
         check_values(cls, weight_dtype=weight_dtype)
-        if edit_weights not in (None, NO_WEIGHTS):
+        if edit_weights not in (None, NO_WEIGHTS, PIECEWISE):
             file_path(FOLDER, edit_weights)
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None, weight_dtype: str | None, edit_weights: str | None) -> float:
         # A linked input is None here.
-        return 0.0 if edit_weights in (None, NO_WEIGHTS) else weights_time(edit_weights)
+        return 0.0 if edit_weights in (None, NO_WEIGHTS, PIECEWISE) else weights_time(edit_weights)
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, edit_weights: str) -> io.NodeOutput:
@@ -166,7 +169,9 @@ class EDiTLoadModel(io.ComfyNode):
         base = identify_file(path, model_name)
         logger.info("EDiT: %s is %s", model_name, base)
         model = load_model(path, model_name, base, dict(WEIGHT_DTYPES[weight_dtype]))
-        if edit_weights != NO_WEIGHTS:
+        if edit_weights == PIECEWISE:
+            model = apply_to_model(model, EDiTConfig.preset(WITHOUT_WEIGHTS))
+        elif edit_weights != NO_WEIGHTS:
             model = apply_to_model(model, load_weights(edit_weights))
         return io.NodeOutput(model)
 

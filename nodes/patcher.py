@@ -24,11 +24,12 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 
-from ..edit_core import EDiTWeights
+from ..edit_core import EDiTConfig, EDiTWeights
 from ..edit_core.attention import SideAttention
 from ..edit_core.backbones import Backbone, Base, HostCall, identify_module
 from ..edit_core.hosts.dense import DenseLog, dense_reason
 from ..edit_core.layers import format_layers
+from ..edit_core.weights import weights_for
 
 __all__ = ["KEY", "apply_to_model", "base_tensor", "compute_dtype", "identify_model", "replace_forward"]
 
@@ -129,7 +130,8 @@ class EDiTInjection(PatcherInjection):
             if sides is None:
                 return original(*args, **kwargs)
             grid = None if call is None else call.host.grid
-            reason = dense_reason(grid, backbone.comfy_image_tokens(*args, **kwargs))
+            unknown = backbone.comfy_unknown(args, kwargs)
+            reason = dense_reason(grid, backbone.comfy_image_tokens(*args, **kwargs), unknown=unknown)
             self.log.note(reason)
             if call is None or reason is not None:
                 return original(*args, **kwargs)
@@ -204,13 +206,14 @@ def identify_model(model: Any) -> Base:
 
 def apply_to_model(
     model: Any,
-    weights: EDiTWeights,
+    weights: EDiTWeights | EDiTConfig,
     layers: str = "all",
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     min_tokens: int = 0,
 ) -> Any:
-    """A clone of a MODEL that runs EDiT in the given blocks, between two points of the schedule.
+    """A clone of a MODEL that runs EDiT in the given blocks, between two points of the schedule: with weights, or by
+    a config that needs none.
 
     A later application has the first word where two name the same block; outside its range the earlier one stands.
     Differences on the model's own linears, if the weights hold any, are added whatever the range.
@@ -219,6 +222,7 @@ def apply_to_model(
         EDiTError: the weights do not fit the model, or a bad `layers` text.
     """
     base = identify_model(model)
+    weights = weights_for(base, weights)
     blocks = weights.choose(layers, base)
     if warning := weights.warning(base, base_tensor(model)):
         logger.warning("EDiT: %s", warning)

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 
 from .call import Grid, Image, Norm, PlacedNorm, Projections, Softmax, softmax_attention
-from .forms import KERNELS, Form
+from .form import Form
+from .forms import KERNELS
 from .joint import JOINTS, NORMALISERS, SOFTMAX_FEATURES
 from .keys import KEYS
 from .linear import linear_attention, merge_heads, split_heads
 from .modules import ConvFusion, LayerFactory, SpatialCompressor
+from .plans import QUALITIES
 from .queries import QUERIES
 from .sites import SITES, EDiTAttention, HybridAttention, SideAttention
 from .variant import Variant
@@ -42,6 +44,7 @@ VARIANTS: Mapping[str, Mapping[str, type[Variant]]] = {
     "query": QUERIES,
     "key": KEYS,
     "joint": JOINTS,
+    "quality": QUALITIES,
 }
 """Of each field of the config that is one of several names, the class of each name."""
 

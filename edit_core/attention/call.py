@@ -80,6 +80,7 @@ class Image(NamedTuple):
     norm_q: Norm | None
     norm_k: Norm | None
     softmax: Softmax
+    mask: Tensor | None = None
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

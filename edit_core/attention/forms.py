@@ -1,12 +1,13 @@
 """The forms of attention: one class per name of the config's `kernel`, which decides what a student has and computes.
 
 Linear attention between features, EDiT's (arXiv 2503.16726), SANA's (arXiv 2410.10629) and LinFusion's (arXiv
-2409.02097); and PixArt-Σ's softmax over compressed keys and values (arXiv 2403.04692).
+2409.02097); PixArt-Σ's softmax over compressed keys and values (arXiv 2403.04692); and the piecewise softmax of
+:mod:`.pieces`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,14 +17,14 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import EDiTConfigError
-from .call import ALL, Image, Projections, Rows, Sides, Softmax
+from .call import Image, Projections, Rows, Sides, Softmax
+from .form import Form, StudentForm
 from .joint import JOINTS, LinearCall
-from .keys import KEYS, CompressorKey
+from .keys import CompressorKey
 from .linear import merge_heads, read, split_heads
-from .modules import LocalBranch, Parts
-from .queries import QUERIES
+from .pieces import Piecewise
 from .slices import written
-from .variant import Variant, named
+from .variant import named
 
 if TYPE_CHECKING:
     from ..config import EDiTConfig
@@ -31,67 +32,13 @@ if TYPE_CHECKING:
 __all__ = [
     "KERNELS",
     "CompressedSoftmax",
-    "Form",
     "LinearForm",
     "OnePlusELU",
     "ReLU",
     "SquaredReLU",
-    "StudentForm",
     "one_plus_elu",
     "squared_relu",
 ]
-
-
-class Form(Variant, ABC):
-    """What a student's attentions compute. One without parts has no side weights, and needs no weights file."""
-
-    @classmethod
-    def check(cls, config: EDiTConfig) -> None:
-        """Whether the config's other choices go with this form.
-
-        Raises:
-            EDiTConfigError: they do not.
-        """
-
-    @classmethod
-    def parts(cls, config: EDiTConfig) -> Parts:
-        """The side modules of an attention, by the names that weights files give them."""
-        return {}
-
-    @abstractmethod
-    def self_rows(self, sides: Sides, image: Image) -> Tensor:
-        """Attention of the image tokens to themselves, `(B, N, C)`; `sides` holds the parts."""
-
-    @abstractmethod
-    def joint_rows(
-        self, sides: Sides, image: Image, prompt: Projections, prompt_rows: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Joint attention: image rows `(B, N, C)`, and prompt rows `(B, P, C)` if they are wanted."""
-
-
-class StudentForm(Form):
-    """A form whose queries and keys are trained: what the config's `query`, `key` and `local` make of the base's."""
-
-    reads = frozenset({"query", "key", "local"})
-
-    def __init__(self, config: EDiTConfig) -> None:
-        super().__init__(config)
-        self.query = QUERIES[config.query](config)
-        self.key = KEYS[config.key](config)
-
-    @classmethod
-    def parts(cls, config: EDiTConfig) -> Parts:
-        local: Parts = {"local": LocalBranch} if config.local else {}
-        return {**QUERIES[config.query].parts, **KEYS[config.key].parts, **local}
-
-    def features(self, sides: Sides, image: Image) -> Projections:
-        """Queries `(B, N, C)`, keys and values `(B, M, C)`, normed but not yet rectified; `M` is `N` uncompressed."""
-        keys, v = self.key.rows(sides, image)
-        return Projections(self.query.rows(sides, image)(ALL), keys(ALL), v)
-
-    def local(self, sides: Sides, image: Image) -> Tensor | None:
-        """What the local branch gathers, if the config asks for one: `(B, N, C)`, its own memory."""
-        return LocalBranch.rows(sides.local, image.base.v, image.grid) if self.config.local else None
 
 
 class LinearForm(StudentForm):
@@ -238,5 +185,5 @@ def squared_relu(tokens: Tensor) -> Tensor:
     return F.relu(tokens).to(torch.float32 if tokens.dtype == torch.float16 else tokens.dtype).square()
 
 
-KERNELS: dict[str, type[Form]] = named(ReLU, SquaredReLU, OnePlusELU, CompressedSoftmax)
+KERNELS: dict[str, type[Form]] = named(ReLU, SquaredReLU, OnePlusELU, CompressedSoftmax, Piecewise)
 """By the config's name."""

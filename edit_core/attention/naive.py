@@ -16,6 +16,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ..config import EDiTConfig
+from .piecewise_naive import piecewise_attention
+from .plans import plan_of
 
 __all__ = [
     "conv_fusion",
@@ -163,6 +165,8 @@ def edit_attention(
     q, k, v = _features(x, base, p, grid, heads, config, norm_q, norm_k)
     if config.kernel == "softmax":
         y = softmax_attention(q, k, v)
+    elif config.kernel == "piecewise":
+        y = piecewise_attention(q, k, v, grid, plan_of(grid, config))
     else:
         y = linear_attention(_kernel(q, config), _kernel(k, config), v, config.eps)
     return rearrange(y, "b h n d -> b n (h d)") + _local(base[2], p, grid, config)
@@ -181,7 +185,7 @@ def hybrid_attention(
 ) -> tuple[Tensor, Tensor]:
     """The joint attention before the output projections: image rows `(B, N, C)`, prompt rows `(B, P, C)`.
 
-    MM-EDiT's hybrid; or, where the config says so, all-linear or softmax attention over the keys of both.
+    MM-EDiT's hybrid; or, where the config says so, all-linear, softmax or piecewise attention over the keys of both.
     """
     q, k, v = _features(x, base, p, grid, heads, config, norm_q, norm_k)
     q_p, k_p, v_p = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in prompt)
@@ -192,6 +196,9 @@ def hybrid_attention(
         else:
             y = linear_attention(_kernel(queries, config), _kernel(keys, config), values, config.eps)
         y_image, y_prompt = y[:, :, : q.shape[2]], y[:, :, q.shape[2] :]
+    elif config.kernel == "piecewise":
+        y_image = piecewise_attention(q, k, v, grid, plan_of(grid, config), (k_p, v_p))
+        y_prompt = softmax_attention(q_p, torch.cat([k, k_p], 2), torch.cat([v, v_p], 2))
     else:
         y_image, y_prompt = _hybrid(q, k, v, q_p, k_p, v_p, config)
     y_image = rearrange(y_image, "b h n d -> b n (h d)") + _local(base[2], p, grid, config)

@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .call import Grid
 from .linear import merge_heads, split_heads, without_autocast
-from .modules import Grid
+from .plans import PiecewisePlan
 
-__all__ = ["PiecewisePlan", "piecewise_attention"]
+__all__ = ["piecewise_attention"]
 
 TOGETHER = 4 << 20
 """Bytes of keys up to which several heads are worked on at a time, on a CPU: what is gathered from is to stay in the
@@ -35,34 +35,10 @@ CHUNK = 3 << 20
 """Bytes per thread of what lies between the operators, on a CPU."""
 CHUNK_ELSEWHERE = 256 << 20
 """The same on other devices, all together: a launch has a price, and memory an end."""
+SPREAD = 3.0
+"""The largest variance of a part's logits that the choice believes in."""
 CHOOSING = 4 << 20
 """Bytes of the logits that a choice is made by, at a time."""
-
-
-@dataclass(frozen=True)
-class PiecewisePlan:
-    """How a grid is cut, in tokens, and how much of it is exact; each of `unit`, `tile`, `cell` divides the next."""
-
-    unit: int
-    """Side of a unit: keys that are chosen together."""
-    tile: int
-    """Side of a tile: queries that share a choice."""
-    cell: int
-    """Side of a cell: keys that share a mean."""
-    exact: int
-    """Units that are exact for a tile, its own among them."""
-    opened: int
-    """Cells whose units are candidates, the tile's own among them, so that the choice stays linear."""
-    sample: int = 1
-    """Side of the squares of a tile's queries of which the choice sees the mean; 1 for every query by itself."""
-
-    def __post_init__(self) -> None:
-        if min(self.unit, self.tile, self.cell, self.exact, self.opened, self.sample) < 1:
-            raise ValueError(f"every number of {self} has to be 1 or more")
-        if self.tile % self.unit or self.cell % self.tile:
-            raise ValueError(f"the unit has to divide the tile and the tile the cell: {self}")
-        if self.exact < (self.tile // self.unit) ** 2:
-            raise ValueError(f"exact has to be no less than the units of a tile: {self}")
 
 
 class _Layout(NamedTuple):
@@ -110,7 +86,7 @@ def _squares(image: Tensor, side: int) -> Tensor:
 
 def _cut(tokens: Tensor, grid: Grid, side: int, out: Tensor | None = None) -> Tensor:
     """Tokens `(G, N, d)` by squares, `(G, M, side², d)`; zeros where one reaches over the edge."""
-    image = tokens.unflatten(1, grid)  # (G, H, W, d)
+    image: Tensor = tokens.unflatten(1, grid)  # (G, H, W, d)
     if grid[0] % side or grid[1] % side:
         image = F.pad(image, (0, 0, 0, -grid[1] % side, 0, -grid[0] % side))
     groups, height, width, d = image.shape
@@ -170,28 +146,32 @@ class _Parts(NamedTuple):
     """Mean keys, `(G, M, d)`."""
     values: Tensor
     """Mean values, `(G, M, d)`."""
-    squares: tuple[Tensor, Tensor]
-    """Mean squared lengths of keys and values, `(G, M)`."""
-    count: Tensor
+    squares: Tensor
+    """Mean squares of the keys' channels, `(G, M, d)`."""
+    lengths: Tensor
+    """Mean squared lengths of the values, `(G, M)`."""
+    logs: Tensor
     """Logarithm of how many tokens there are, `(G or 1, M)`."""
 
 
 def _means(tokens: Tensor, weights: Tensor | None, space: _Space) -> tuple[Tensor, Tensor]:
-    """Means and mean squared lengths of tokens `(G, U, u², d)`: `(G, U, d)` and `(G, U)`, at least float32."""
+    """Means of tokens `(G, U, u², d)` and of their squares, 2 x `(G, U, d)`, at least float32.
+
+    Only the choice sees the squares. Weights are `(G or 1, U, 1, u²)`, or None for equal ones.
+    """
     wide = torch.promote_types(tokens.dtype, torch.float32)
     if weights is not None:
         tokens = tokens.to(wide)
-        with torch.no_grad():  # what only the choice sees
-            squares = (tokens.square().sum(-1) * weights.squeeze(-2)).sum(-1)
-        return torch.matmul(weights, tokens).squeeze(-2), squares
+        squares = torch.matmul(weights.detach(), tokens.detach().square())
+        return torch.matmul(weights, tokens).squeeze(-2), squares.squeeze(-2)
     found = []
     for head in [tokens] if space.at_once else tokens.split(1):  # by heads, which stay in the cache
         buffer = space("wide", *head.shape, dtype=wide)
         if head.dtype != wide:  # in bfloat16, the difference of squares would be all rounding
             head = head.to(wide) if buffer is None else buffer.copy_(head)
         mean = head.mean(-2)
-        with torch.no_grad():
-            found.append((mean, torch.mul(head, head, out=buffer).flatten(-2).sum(-1).div_(head.shape[-2])))
+        head = head.detach()
+        found.append((mean, torch.mul(head, head, out=buffer).mean(-2)))
     if len(found) == 1:
         return found[0]
     means, squares = zip(*found, strict=True)
@@ -200,7 +180,7 @@ def _means(tokens: Tensor, weights: Tensor | None, space: _Space) -> tuple[Tenso
 
 def _cells(units: _Parts, layout: _Layout) -> _Parts:
     """The cells that units make."""
-    count = F.pad(units.count, (0, 1), value=-math.inf)[:, layout.units]  # (G or 1, M, f²)
+    count = F.pad(units.logs, (0, 1), value=-math.inf)[:, layout.units]  # (G or 1, M, f²)
     total = count.logsumexp(-1, keepdim=True)
     weights = (count - total.clamp(min=torch.finfo(count.dtype).min)).exp().unsqueeze(-2)  # 0 for empty ones
     inside = layout.units.clamp(max=len(layout.cell) - 1).flatten()
@@ -208,15 +188,8 @@ def _cells(units: _Parts, layout: _Layout) -> _Parts:
     def mean(t: Tensor) -> Tensor:
         return torch.matmul(weights, t.index_select(1, inside).unflatten(1, layout.units.shape)).squeeze(-2)
 
-    squares = [mean(t.unsqueeze(-1)).squeeze(-1) for t in units.squares]
-    return _Parts(mean(units.keys), mean(units.values), (squares[0], squares[1]), total.squeeze(-1))
-
-
-def _spread(parts: _Parts, keys: Tensor, values: Tensor) -> Tensor:
-    """How far keys lie from some others `(G, M, d)`, times how far values do; `(G, M)`."""
-    k = parts.squares[0] + ((keys - 2 * parts.keys) * keys).sum(-1)
-    v = parts.squares[1] + ((values - 2 * parts.values) * values).sum(-1)
-    return k.clamp_(min=0).mul_(v.clamp_(min=0)).sqrt_()
+    lengths = mean(units.lengths.unsqueeze(-1)).squeeze(-1)
+    return _Parts(mean(units.keys), mean(units.values), mean(units.squares), lengths, total.squeeze(-1))
 
 
 def _samples(q: Tensor, inside: Tensor | None, side: int) -> tuple[Tensor, Tensor | None]:
@@ -249,10 +222,29 @@ def _samples(q: Tensor, inside: Tensor | None, side: int) -> tuple[Tensor, Tenso
 
 def _mass(logits: list[Tensor], shares: Tensor | None) -> Tensor:
     """What tiles attend of the first of several `(..., r, K)` to, `(..., K)`, summed over their queries."""
-    mass = torch.cat(logits, -1).softmax(-1)[..., : logits[0].shape[-1]]
+    mass: Tensor = torch.cat(logits, -1).softmax(-1)[..., : logits[0].shape[-1]]
     if shares is not None:
         mass = mass * shares.unsqueeze(-1)
     return mass.sum(-2)
+
+
+def _wrong(power: Tensor, parts: _Parts, off: Tensor) -> Tensor:
+    """What a tile gets wrong by a part's mean, for what the part weighs.
+
+    That is the deviation of `exp(logit)` in the part, where logits are normal and keys' channels independent, times
+    that of the values from their cell's mean.
+
+    Args:
+        power: mean squares of the queries' channels, `(G, t, d)`.
+        parts: units or cells, `M`.
+        off: mean squared distances of their values, `(G, M)`.
+
+    Returns:
+        `(G, t, M)`.
+    """
+    variance = (parts.squares - parts.keys.square()).clamp_(min=0)
+    x = torch.bmm(power, variance.transpose(1, 2)).clamp_(max=SPREAD)
+    return x.exp().mul_(x.expm1()).mul_(off.clamp(min=0).unsqueeze(1)).sqrt_()
 
 
 class _Choice(NamedTuple):
@@ -260,8 +252,8 @@ class _Choice(NamedTuple):
 
     units: _Parts
     cells: _Parts
-    spread: tuple[Tensor, Tensor]
-    """Of units and cells, `(G, U)` and `(G, M)`."""
+    off: Tensor
+    """How far the units' values lie from their cells' means, squared, `(G, U)`."""
     prompt: tuple[Tensor, Tensor] | None
     """The prompt's keys `(G, d, P)` and what is added to their logits, `(G or 1, P)`."""
     layout: _Layout
@@ -274,35 +266,38 @@ class _Choice(NamedTuple):
             return t if len(t) == 1 else t[heads]
 
         return self._replace(
-            units=self.units._replace(keys=some(self.units.keys), count=some(self.units.count)),
-            cells=self.cells._replace(keys=some(self.cells.keys), count=some(self.cells.count)),
-            spread=(some(self.spread[0]), some(self.spread[1])),
+            units=_Parts(*map(some, self.units)),
+            cells=_Parts(*map(some, self.cells)),
+            off=some(self.off),
             prompt=None if self.prompt is None else (some(self.prompt[0]), some(self.prompt[1])),
         )
 
-    def __call__(self, q: Tensor, shares: Tensor | None, tiles: slice) -> Tensor:
+    def __call__(self, q: Tensor, shares: Tensor | None, power: Tensor, tiles: slice) -> Tensor:
         """The units that some tiles are exact for, `(G, t, n)`; as many as there are for what is over the edge.
 
         Args:
             q: samples of their queries in units of the logits, `(G, t, r, d)`.
             shares: how many queries each stands for, `(t, r)` or None.
+            power: mean squares of the queries' channels, in the square of those units, `(G, t, d)`.
             tiles: which ones these are.
         """
         groups, count, reps, d = q.shape
         flat, plan, layout = q.flatten(1, 2), self.plan, self.layout  # (G, t·r, d)
 
         def to(keys: Tensor, bias: Tensor) -> Tensor:  # (G, d, M), (G or 1, M) -> (G, t, r, M)
-            return torch.bmm(flat, keys).add_(bias.unsqueeze(1)).unflatten(1, (count, reps))
+            logits = torch.bmm(flat, keys).add_(bias.unsqueeze(1))
+            return logits.view(groups, count, reps, -1)
 
         rest = [] if self.prompt is None else [to(*self.prompt)]
         total, places = len(layout.cell), torch.arange(len(layout.units), device=q.device)
         if plan.opened >= len(places):
             ids = torch.arange(total, device=q.device).expand(groups, count, -1)
-            mass = _mass([to(self.units.keys.transpose(1, 2), self.units.count), *rest], shares)
-            score, tile = mass * self.spread[0].unsqueeze(1), layout.tile
+            mass = _mass([to(self.units.keys.transpose(1, 2), self.units.logs), *rest], shares)
+            score, tile = mass * _wrong(power, self.units, self.off), layout.tile
         else:
-            cells = to(self.cells.keys.transpose(1, 2), self.cells.count)
-            score = _mass([cells, *rest], shares) * self.spread[1].unsqueeze(1)  # (G, t, M)
+            cells = to(self.cells.keys.transpose(1, 2), self.cells.logs)
+            off = self.cells.lengths - self.cells.values.square().sum(-1)
+            score = _mass([cells, *rest], shares) * _wrong(power, self.cells, off)  # (G, t, M)
             own = places == layout.own[tiles].view(-1, 1)
             opened = score.masked_fill_(own, math.inf).topk(plan.opened, -1).indices
             cells = cells.masked_fill(
@@ -312,10 +307,10 @@ class _Choice(NamedTuple):
             known = ids.clamp(max=total - 1)
             at = (known + torch.arange(groups, device=q.device).view(-1, 1, 1) * total).flatten()
             keys = self.units.keys.flatten(0, 1).index_select(0, at).view(groups * count, -1, d)
-            bias = F.pad(self.units.count, (0, 1), value=-math.inf).expand(groups, -1).gather(1, ids.flatten(1))
+            bias = F.pad(self.units.logs, (0, 1), value=-math.inf).expand(groups, -1).gather(1, ids.flatten(1))
             units = torch.baddbmm(bias.view(groups * count, 1, -1), q.flatten(0, 1), keys.transpose(1, 2))
             mass = _mass([units.unflatten(0, (groups, count)), cells, *rest], shares)
-            score = mass * self.spread[0].flatten().index_select(0, at).view(ids.shape)
+            score = mass * _wrong(power, self.units, self.off).gather(2, known)
             score = score.masked_fill_(ids == total, -1)  # after all that there are
             tile = F.pad(layout.tile, (0, 1), value=-1).index_select(0, ids.flatten()).view(ids.shape)
         own = tile == torch.arange(tiles.start, tiles.stop, device=q.device).view(-1, 1)
@@ -469,7 +464,7 @@ def _piecewise(
     d, space = channels // heads, _Space(q)
     wide = torch.promote_types(q.dtype, torch.float32)
     layout = _layout(grid, plan, q.device)
-    unit, t = plan.unit, plan.tile
+    t = plan.tile
     units, tiles = len(layout.cell), len(layout.own)
     kept = None if bias is None else bias.isfinite().any(-1)  # a picture with nothing to attend to gives zeros
     if bias is not None and kept is not None:
@@ -482,13 +477,19 @@ def _piecewise(
         memory = _Memory.of(ks, of_prompt, bias, pictures, grid, plan, layout, space)
         by_tiles = _cut(qs, grid, t, space("q", len(qs), tiles * t * t, d))
         done = space("done", *by_tiles.shape)
+        inside = layout.inside[0]  # (T, t²)
+        with torch.no_grad():
+            shares = None if inside is None else (inside / inside.sum(-1, keepdim=True)).to(wide).unsqueeze(-2)
+            power = _means(by_tiles.detach(), shares, space)[1].div_(d)  # (G, T, d)
         reps = _cover(t, plan.sample) ** 2
         size = reps * min(units, plan.opened * layout.units.shape[1]) * wide.itemsize
         for group, part in _blocks(len(qs), tiles, size, space):
             with torch.no_grad():
-                inside = None if layout.inside[0] is None else layout.inside[0][part]
-                samples, shares = _samples(by_tiles[group, part], inside, plan.sample)
-                chosen = memory.choice.of(group)(samples.to(wide) * d**-0.5, shares, part)
+                samples, shares = _samples(
+                    by_tiles[group, part], inside if inside is None else inside[part], plan.sample
+                )
+                samples = samples.to(wide) * d**-0.5
+                chosen = memory.choice.of(group)(samples, shares, power[group, part], part)
                 rows, seen = memory.rows(chosen, group, q.dtype)
             queries = by_tiles[group, part].flatten(0, 1)
             chunk = _chunk(queries, rows.shape[1], space)
@@ -547,25 +548,19 @@ class _Memory(NamedTuple):
         logs = seen.logsumexp(-1)  # (G or 1, U)
         if bias is not None or inside is not None:
             weights = (seen - logs.clamp(min=torch.finfo(wide).min).unsqueeze(-1)).exp().unsqueeze(-2)
-        (keys, k2), (values, v2) = (_means(x, weights, space) for x in (k, v))
-        of_units = _Parts(keys, values, (k2, v2), logs)
+        (keys, squares), (values, lengths) = (_means(x, weights, space) for x in (k, v))
+        lengths = lengths.sum(-1)
+        of_units = _Parts(keys, values, squares, lengths, logs)
         of_cells = _cells(of_units, layout)
         with torch.no_grad():
-            around = (t.index_select(1, layout.cell) for t in of_cells[:2])
-            spread = _spread(of_units, *around), _spread(of_cells, of_cells.keys, of_cells.values)
-            choice = _Choice(
-                of_units,
-                of_cells,
-                spread,
-                (prompt[0].to(wide).transpose(1, 2), seen_prompt) if prompt else None,
-                layout,
-                plan,
-            )
-        parts = [
-            [x.flatten(1, 2), mean.to(x.dtype), *more, x.new_zeros(groups, 1, d)]
-            for x, mean, more in zip((k, v), (of_cells.keys, of_cells.values), _pairs(prompt), strict=True)
-        ]
-        seen = torch.cat([seen.flatten(1), of_cells.count, seen_prompt.expand(len(seen), -1)], 1)
+            around = of_cells.values.index_select(1, layout.cell)
+            off = lengths + ((around - 2 * values) * around).sum(-1)
+            of_prompt_keys = (prompt[0].to(wide).transpose(1, 2), seen_prompt) if prompt else None
+            choice = _Choice(of_units, of_cells, off, of_prompt_keys, layout, plan)
+        parts = [[x.flatten(1, 2), mean.to(x.dtype)] for x, mean in ((k, of_cells.keys), (v, of_cells.values))]
+        for i, part in enumerate(parts):
+            part += [*prompt[i : i + 1], k.new_zeros(groups, 1, d)]
+        seen = torch.cat([seen.flatten(1), of_cells.logs, seen_prompt.expand(len(seen), -1)], 1)
         flat = [_memory(p, whole).flatten(0, 1) for p, whole in zip(parts, wholes, strict=True)]
         return _Memory(flat[0], flat[1], F.pad(seen, (0, 1), value=-math.inf), choice)
 
@@ -587,7 +582,7 @@ class _Memory(NamedTuple):
         heads = torch.arange(group.start, group.stop, device=chosen.device).view(-1, 1, 1) * length
         # How much of each cell is left, as a share of what it counts for.
         of = layout.cell.index_select(0, chosen.clamp(max=total - 1).flatten()).view(chosen.shape)
-        share = (units.count - cells.count.index_select(1, layout.cell)).exp().nan_to_num(0)  # (G or 1, U)
+        share = (units.logs - cells.logs.index_select(1, layout.cell)).exp().nan_to_num(0)  # (G or 1, U)
         share = F.pad(share, (0, 1)) if len(share) == 1 else F.pad(share, (0, 1))[group]
         share = share.expand(groups, -1).gather(1, chosen.flatten(1)).view(chosen.shape)
         left = 1 - share.new_zeros(groups, count, cells.keys.shape[1]).scatter_add_(2, of, share)
@@ -596,7 +591,3 @@ class _Memory(NamedTuple):
         seen = self.seen.flatten().index_select(0, at.flatten()).view(rows.shape)
         seen[..., exact.shape[-1] : exact.shape[-1] + left.shape[-1]] += left
         return (rows + heads).flatten(0, 1), seen.to(dtype).flatten(0, 1).unsqueeze(1)
-
-
-def _pairs(prompt: list[Tensor]) -> list[list[Tensor]]:
-    return [[x] for x in prompt] or [[], []]

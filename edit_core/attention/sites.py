@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .call import Grid, Image, Norm, Projections, Softmax, softmax_attention
-from .forms import KERNELS, StudentForm
+from .form import StudentForm
+from .forms import KERNELS
 from .modules import LayerFactory
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class EDiTAttention(SideAttention):
         norm_q: Norm | None = None,
         norm_k: Norm | None = None,
         softmax: Softmax = softmax_attention,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Attention of the image tokens to themselves, before the output projection.
 
@@ -91,11 +93,12 @@ class EDiTAttention(SideAttention):
             norm_q: the base's query norm over `(B, N, h, d)`, or None.
             norm_k: the base's key norm, or None.
             softmax: the host's attention function, for forms that have one.
+            mask: as `scaled_dot_product_attention` takes it, to `(B, h, N, N)`, for forms that keep masks.
 
         Returns:
             `(B, N, C)`.
         """
-        return self.form.self_rows(self, Image(x, base, grid, heads, norm_q, norm_k, softmax))
+        return self.form.self_rows(self, Image(x, base, grid, heads, norm_q, norm_k, softmax, mask))
 
 
 class HybridAttention(SideAttention):

@@ -193,6 +193,10 @@ class Backbone(ABC):
     """What a pipeline has beside transformer and scheduler to make latents and embeddings with."""
     conditions: ClassVar[tuple[Condition, ...]]
     """What a prompt becomes; `prompt_embeds` is the first."""
+    comfy_arguments: ClassVar[tuple[str, ...]]
+    """The positional arguments of the forward that is replaced in ComfyUI."""
+    comfy_harmless: ClassVar[frozenset[str]]
+    """What that forward may be given without attention being another."""
 
     # what its tensors are
 
@@ -325,6 +329,12 @@ class Backbone(ABC):
             EDiTModelError: the backbone cannot draw this size.
         """
         return self.check_size(height * CELL, width * CELL)
+
+    def comfy_unknown(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+        """Names of what the replaced forward is given and is not known to leave attention as it is, such as masks."""
+        names = (*self.comfy_arguments, *(f"argument {place}" for place in range(len(self.comfy_arguments), len(args))))
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return [name for name, value in given.items() if value is not None and name not in self.comfy_harmless]
 
     @abstractmethod
     def comfy_image_tokens(self, *args: Any, **kwargs: Any) -> int:

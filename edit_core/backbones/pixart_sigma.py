@@ -43,6 +43,8 @@ class PixArtSigma(Backbone):
         ),
         Condition("prompt_mask", "encoder_attention_mask", "prompt_attention_mask"),
     )
+    comfy_arguments = ("x", "mask", "HW", "block_id")
+    comfy_harmless = frozenset({"x", "HW", "block_id", "transformer_options"})
     sized: ClassVar[bool] = False
     """Whether the transformer is told the picture's size."""
 

@@ -56,6 +56,8 @@ class SD35Medium(Backbone):
             "pooled", "pooled_projections", "pooled_prompt_embeds", "pooled_projection_dim", "y_embedder.mlp.0", False
         ),
     )
+    comfy_arguments = ("context", "x", "c")
+    comfy_harmless = frozenset({"context", "x", "c", "transformer_options"})
     dual: ClassVar[int] = 13
     """How many of the real model's blocks, which are the first ones, have an `attn2`."""
 

@@ -53,10 +53,12 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 _FIELDS = {
-    "kernel": "what makes features of queries and keys; softmax stays quadratic, over compressed keys",
+    "kernel": "what makes features of queries and keys; softmax stays quadratic, over compressed keys; piecewise pools "
+    "what matters least",
     "query": "what is added to the base's queries",
     "key": "what becomes of the base's keys, and with compressor of its values",
     "joint": "SD3.5: joint attentions are linear between image tokens alone, or between all",
+    "quality": "piecewise: how much of a picture each query attends to in full",
 }
 
 

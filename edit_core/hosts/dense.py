@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -20,6 +21,7 @@ def dense_reason(
     min_tokens: int = 0,
     masked: bool = False,
     pictured: bool = False,
+    unknown: Sequence[str] = (),
     outside: tuple[float, float] | None = None,
 ) -> str | None:
     """Why an attention cannot be linear in this call, or is not to be; None where it can.
@@ -30,6 +32,7 @@ def dense_reason(
         min_tokens: with fewer it is not to be.
         masked: whether image tokens are masked.
         pictured: whether there is an IP-Adapter's picture, and an attention underneath that sees it.
+        unknown: names of arguments that are not known to leave attention as it is.
         outside: the range of the schedule, 0-1, in which it is to be, where the call lies outside of it.
     """
     if grid is None:
@@ -38,6 +41,8 @@ def dense_reason(
         return "an attention mask on image tokens, which linear attention cannot honour"
     if pictured:
         return "an IP-Adapter's picture, which the attention that was there before EDiT sees"
+    if unknown:
+        return f"{' and '.join(unknown)} in the attention's call, which may change what it computes"
     if tokens != grid[0] * grid[1]:
         return f"{tokens} tokens do not fill the {grid[0]}x{grid[1]} grid of the latent"
     if tokens < min_tokens:

@@ -12,10 +12,11 @@ from torch import nn
 
 from ..attention import Grid, SideAttention
 from ..backbones import identify_module, module_tensors
+from ..config import EDiTConfig
 from ..crossover import MinTokens, resolve
 from ..errors import EDiTModelError
 from ..layers import format_layers
-from ..weights import EDiTWeights
+from ..weights import EDiTWeights, weights_for
 from ..weights.differences import PREFIX, module_tree
 from .dense import DenseLog
 from .processors import CALL, Call, JointProcessor, Processor, SelfProcessor, Site, Tap, make_processor, only_for_ours
@@ -131,8 +132,10 @@ def _put(attention: Any, processor: Any) -> None:
     attention.processor = processor
 
 
-def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_tokens: MinTokens = 0) -> EDiTHandle:
-    """Makes a diffusers transformer run EDiT (PixArt-Σ) or MM-EDiT (SD3.5-M) with these weights.
+def apply_edit(
+    transformer: Any, weights: EDiTWeights | EDiTConfig, layers: str = "all", min_tokens: MinTokens = 0
+) -> EDiTHandle:
+    """Makes a diffusers transformer run EDiT or MM-EDiT with these weights, or piecewise attention, which needs none.
 
     Works under `PixArtSigmaPipeline` and `StableDiffusion3Pipeline`, which call the transformer as before. The side
     weights take the transformer's device and dtype, and follow it where it moves. So do differences on the base's
@@ -141,7 +144,7 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_
 
     Args:
         transformer: a `PixArtTransformer2DModel` or `SD3Transformer2DModel`.
-        weights: EDiT weights for it.
+        weights: EDiT weights for it; or the config of an attention that needs none, `EDiTConfig.preset("piecewise")`.
         layers: the blocks to make linear: `"all"`, `"none"` or a list such as `"0, 3-9, 27"`.
         min_tokens: pictures of fewer image tokens keep the transformer's own attention; `"auto"` for the crossover that
             `python -m edit_core bench --crossover` measured on the transformer's device, in its dtype: 0 before that.
@@ -151,12 +154,14 @@ def apply_edit(transformer: Any, weights: EDiTWeights, layers: str = "all", min_
 
     Raises:
         EDiTModelError: not such a transformer, or its weights are not in memory, or EDiT is applied to it already.
+        EDiTConfigError: a config's attention needs weights.
         EDiTWeightsError: the weights do not fit it.
         EDiTError: a bad `layers` text or `min_tokens`, or a damaged cache of crossovers.
     """
     base = identify_module(transformer)
     if base.host != "diffusers":
         raise EDiTModelError(f"apply_edit takes a diffusers transformer, and this is {base}")
+    weights = weights_for(base, weights)
     blocks = weights.choose(layers, base)
     tokens = resolve(min_tokens, base.backbone.name, transformer.dtype, transformer.device)
     if any(isinstance(module, Site) for module in transformer.modules()):

@@ -142,7 +142,7 @@ class Processor:
             call.grid if call is not None else None,
             hidden_states.shape[1],
             min_tokens=self.host.min_tokens,
-            masked=attention_mask is not None,
+            masked=attention_mask is not None and not self.keeps_masks,
             pictured=ip_hidden_states is not None and self.sees_pictures,
         )
         if self.host.log is not None:
@@ -151,11 +151,17 @@ class Processor:
         if call is None or reason is not None:
             return dense()
         if call.tap is None:
-            return self.edit(attn, hidden_states, encoder_hidden_states, call.grid)
-        return call.tap(self.key, dense, partial(self.edit, attn, hidden_states, encoder_hidden_states, call.grid))
+            return self.edit(attn, hidden_states, encoder_hidden_states, call.grid, attention_mask)
+        edit = partial(self.edit, attn, hidden_states, encoder_hidden_states, call.grid, attention_mask)
+        return call.tap(self.key, dense, edit)
+
+    @property
+    def keeps_masks(self) -> bool:
+        """Whether an attention mask is honoured."""
+        return False
 
     @abstractmethod
-    def edit(self, attn: Any, x: Tensor, prompt: Any, grid: Grid) -> Any:
+    def edit(self, attn: Any, x: Tensor, prompt: Any, grid: Grid, mask: Tensor | None = None) -> Any:
         """The replaced attention, output projection included."""
 
     def projections(self, attn: Any, x: Tensor) -> Projections:
@@ -172,15 +178,24 @@ class Processor:
 class SelfProcessor(Processor):
     """EDiT in place of an image-only self-attention: `(B, N, C)` -> `(B, N, C)`."""
 
-    def edit(self, attn: Any, x: Tensor, prompt: Any, grid: Grid) -> Tensor:
-        y = self.site.side(x, self.projections(attn, x), grid, attn.heads, attn.norm_q, attn.norm_k)  # (B, N, C)
+    @property
+    def keeps_masks(self) -> bool:
+        return self.site.side.form.keeps_masks
+
+    def edit(self, attn: Any, x: Tensor, prompt: Any, grid: Grid, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            mask = attn.prepare_attention_mask(mask, x.shape[1], len(x)).unflatten(0, (len(x), -1))  # (B, h, 1 or N, N)
+        norms = (attn.norm_q, attn.norm_k)
+        y = self.site.side(x, self.projections(attn, x), grid, attn.heads, *norms, mask=mask)  # (B, N, C)
         return self.output(attn, y)
 
 
 class JointProcessor(Processor):
     """MM-EDiT in place of a joint attention: image `(B, N, C)`, prompt `(B, P, C)` -> the same two."""
 
-    def edit(self, attn: Any, x: Tensor, prompt: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    def edit(
+        self, attn: Any, x: Tensor, prompt: Tensor, grid: Grid, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         changed = self.site.changed
         q_p = changed("add_q_proj", prompt, attn.add_q_proj(prompt))  # (B, P, C)
         k_p = changed("add_k_proj", prompt, attn.add_k_proj(prompt))  # (B, P, C)

@@ -1,5 +1,6 @@
 """A student's weights: what they hold, their file, and what they change in a base."""
 
+from .bare import weights_for
 from .file import DTYPES, holds_weights
 from .fingerprint import fingerprint, fingerprint_distance
 from .weights import EDiTWeights, LoadReport, build_sides
@@ -12,4 +13,5 @@ __all__ = [
     "fingerprint",
     "fingerprint_distance",
     "holds_weights",
+    "weights_for",
 ]
