@@ -12,8 +12,8 @@
 # Seen, largest difference to dense / to block-sparse attention:
 #   eager                       0.0000 / 1.0
 #   compiled                    1.0    / 0.0000
-#   compiled, after ValueError  0.0000 / 1.0
-#   fullgraph, after ValueError 1.0    / 0.0000
+#   compiled, after the error   0.0000 / 1.0
+#   fullgraph, after the error  1.0    / 0.0000 (there the error is dynamo's Unsupported)
 # Wants a C++ compiler, as torch.compile does on a CPU.
 set -euo pipefail
 work=$(mktemp -d)
