@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EDiTModelError
+from .prompts import cleans_captions, limits_passed
+from .variants import only_variant
 
 __all__ = ["CELL", "Encoder", "PipelineEncoder", "quiet"]
 
@@ -57,7 +59,8 @@ class Encoder(Protocol):
 class PipelineEncoder:
     """The VAE and the text encoders of a PixArt-Σ or SD3.5 pipeline's folder; the transformer is not loaded.
 
-    Prompts go through the pipeline's own `encode_prompt`, so that a cache holds what the pipeline would draw with.
+    Prompts go through the pipeline's own `encode_prompt`, so that a cache holds what the pipeline would draw with: that
+    includes PixArt-Σ's `clean_caption`, on in its call and not in that method, where ftfy and bs4 are installed.
     Nothing is fetched, and nothing is unpickled.
 
     Args:
@@ -89,7 +92,10 @@ class PipelineEncoder:
                     torch_dtype={"default": dtype, "vae": torch.float32},
                     local_files_only=True,
                     use_safetensors=True,
+                    variant=only_variant(self.folder, _PIPELINES[pipeline_class][1]),
                 )
+        except EDiTModelError:
+            raise
         except Exception as error:  # diffusers and transformers raise every kind there is for a damaged folder
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EDiTModelError(f"{self.folder}: its VAE or text encoders cannot be loaded ({reason})") from None
@@ -99,12 +105,16 @@ class PipelineEncoder:
                 f"{self.folder}: its VAE makes one cell of {self.pipeline.vae_scale_factor} pixels, not of {CELL}"
             )
         self.pipeline.to(device)
+        self.cleans = self.backbone == "pixart_sigma" and cleans_captions()
+        """Whether captions are cleaned, as the pipeline does before it draws."""
 
     @property
     def fingerprint(self) -> str:
         """A digest of the VAE's factors, the vocabularies, and a few values of every tensor."""
         config = self.vae.config
         digest = hashlib.sha256(f"{self.backbone} {config.scaling_factor} {config.shift_factor}".encode())
+        if self.cleans:
+            digest.update(b"clean_caption")
         for name in _PIPELINES[type(self.pipeline).__name__][1]:
             part = getattr(self.pipeline, name)
             if name.startswith("tokenizer"):
@@ -132,12 +142,17 @@ class PipelineEncoder:
         settings: dict[str, Any] = {"do_classifier_free_guidance": False, "device": self.device}
         with quiet():  # every long caption would be quoted, since CLIP takes 77 tokens of it
             if self.backbone == "pixart_sigma":
-                embeds, mask, _, _ = self.pipeline.encode_prompt(texts, **settings)
+                embeds, mask, _, _ = self.pipeline.encode_prompt(texts, clean_caption=self.cleans, **settings)
                 other = {"prompt_mask": mask.bool().cpu()}
             else:
                 embeds, _, pooled, _ = self.pipeline.encode_prompt(texts, None, None, **settings)
                 other = {"pooled": self._finite("text encoders", pooled)}
         return {"prompt_embeds": self._finite("text encoders", embeds), **other}
+
+    def too_long(self, caption: str) -> list[str]:
+        """The limits of the text encoders that a caption is longer than."""
+        with quiet():  # a tokenizer warns of every long caption
+            return limits_passed(self.pipeline, self.backbone, caption, self.cleans)
 
     def _finite(self, part: str, tensor: Tensor) -> Tensor:
         if not bool(tensor.isfinite().all()):

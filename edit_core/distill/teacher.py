@@ -9,6 +9,7 @@ import torch
 
 from ..errors import EDiTModelError
 from ..files import read_json
+from .variants import only_variant
 
 __all__ = ["load_teacher"]
 
@@ -32,7 +33,15 @@ def load_teacher(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         raise EDiTModelError(f"{folder} holds a {name}; EDiT works on {' and '.join(classes)}")
     try:
         loaded: Any = classes[name]
-        model = loaded.from_pretrained(config.parent, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        model = loaded.from_pretrained(
+            config.parent,
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=only_variant(folder, ("transformer",)),
+        )
+    except EDiTModelError:
+        raise
     except (OSError, ValueError) as error:
         raise EDiTModelError(f"{config.parent} cannot be loaded: {str(error).splitlines()[0]}") from None
     return model.to(device).eval().requires_grad_(False)
