@@ -143,8 +143,8 @@ class RunConfig(Strict):
     stages: Annotated[list[Stage], Field(min_length=1)]
     """In this order."""
     optimizer: OptimizerKind = "adamw"
-    """adamw8bit needs bitsandbytes, prodigy prodigyopt. Prodigy finds its rate, and a stage's lr multiplies it: 1 if none
-    is given."""
+    """adamw8bit needs bitsandbytes, prodigy prodigyopt. Prodigy finds its rate, and a stage's lr, 1 if none is given,
+    multiplies it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged weights, which are what is published; 0 for none. It rises to this over the first steps,
@@ -176,8 +176,8 @@ class RunConfig(Strict):
         for index, stage in enumerate(self.stages):
             if self.optimizer == "prodigy" and stage.lr < _LEAST_PRODIGY:
                 raise ValueError(
-                    f"stages.{index}.lr={stage.lr:g} is a rate for AdamW; prodigy finds its own, which this multiplies: "
-                    f"set stages.{index}.lr=1"
+                    f"stages.{index}.lr={stage.lr:g} is a rate for AdamW; prodigy finds its own, and multiplies it by "
+                    f"this: set stages.{index}.lr=1"
                 )
             if self.optimizer != "prodigy" and stage.lr > _MOST_ADAMW:
                 raise ValueError(
