@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -26,6 +27,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0 on success, 1 if a check fails, 2 on bad usage, 130 after Ctrl-C."""
+    _write_what_can_be_written()
     parser = argparse.ArgumentParser(prog="edit_core", description="EDiT: linear attention for diffusion transformers.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -59,3 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if result is not None:
         print(json.dumps(result.data, indent=1) if options.json else result.text)
     return 0
+
+
+def _write_what_can_be_written() -> None:
+    """Has stdout write what its encoding lacks, as Σ in a pipe on Windows, as an escape: a command does not fail by it.
+
+    stderr does so from the start.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,12 +18,12 @@ from typing import Any
 
 import pytest
 from support import caching, pipelines
-from support.caching import SIZES, STEP, PoolEncoder, assert_same, contents, draw
+from support.caching import SIZES, STEP, PoolEncoder, assert_same, contents, draw, encoded, write_tar
 
 from edit_core.distill.cache import CacheReport, build_cache
 from edit_core.distill.dataset import BatchPlan, CachedLatents
 from edit_core.distill.encoders import PipelineEncoder
-from edit_core.distill.sources import FolderSource
+from edit_core.distill.sources import FolderSource, TarSource
 from edit_core.errors import EDiTError
 
 folders = caching.folders
@@ -211,6 +213,148 @@ def test_images_added_later_join_and_a_lost_shard_comes_again(tmp_path: Path) ->
     assert report.cached == {"64": 8}
     assert len(contents(tmp_path / "c", [64])) == 8
     assert {path: path.read_bytes() for path in kept} == before
+
+
+def edited(folder: Path) -> None:
+    """One caption edited; pictures deleted, replaced, made too small, left without a caption, damaged and added."""
+    (folder / "00.txt").write_text("another caption")
+    (folder / "01.png").unlink()
+    (folder / "03.png").write_bytes(encoded((80, 80), 9))
+    (folder / "04.png").write_bytes(encoded((20, 20)))
+    (folder / "06.txt").unlink()
+    (folder / "07.png").write_bytes(b"broken")
+    (folder / "new.png").write_bytes(encoded((80, 80), 8))
+    (folder / "new.txt").write_text("a new one")
+
+
+def build(folder: Path, output: Path, **settings: Any) -> CacheReport:
+    return build_cache(FolderSource(folder), PoolEncoder(), output, [64, 128], **{"shard_size": 3, **STEP, **settings})
+
+
+@pytest.mark.parametrize("shard_size", [1, 3, 100])
+def test_a_rerun_takes_out_what_is_stale_and_encodes_what_has_changed(shard_size: int, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "i", [(160, 160)] * 9)
+    build(folder, tmp_path / "c", shard_size=shard_size)
+    kept = {path: path.read_bytes() for path in tmp_path.glob("c/*/*/*.tar")}
+    assert build(folder, tmp_path / "c", shard_size=shard_size).changed == 0
+    assert {path: path.read_bytes() for path in kept} == kept
+    edited(folder)
+    report = build(folder, tmp_path / "c", shard_size=shard_size)
+    assert report.images == 9
+    assert (report.cached, report.too_small) == ({"64": 6, "128": 4}, {"64": 1, "128": 3})
+    assert (report.no_caption, report.broken, report.changed, report.removed) == (1, 1, 2, 1)
+    assert "since the run before: 2 encoded anew, 1 gone and taken out" in str(report)
+    build(folder, tmp_path / "fresh")
+    assert_same(contents(tmp_path / "c", [64, 128]), contents(tmp_path / "fresh", [64, 128]))
+    data = CachedLatents(tmp_path / "c", 64, verify=True)
+    captions = {(info := data.info(index))["source"]: info["caption"] for index in range(len(data))}
+    assert captions["00.png"] == "another caption"
+    # nor does anything that reads the shards by itself see what is stale
+    members: Counter[str] = Counter()
+    for path in tmp_path.glob("c/64/*/*.tar"):
+        with tarfile.open(path) as tar:
+            members.update(tar.getnames())
+    assert len(members) == 2 * len(data)
+    assert set(members.values()) == {1}
+    again = build(folder, tmp_path / "c", shard_size=shard_size)
+    assert (again.changed, again.removed, again.cached) == (0, 0, report.cached)
+
+
+def test_a_caption_that_changes_back_is_what_it_was(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "i", [(160, 160)] * 3)
+    build(folder, tmp_path / "c")
+    before = contents(tmp_path / "c", [64, 128])
+    text = (folder / "00.txt").read_text()
+    for caption in ("other", text):
+        (folder / "00.txt").write_text(caption)
+        assert build(folder, tmp_path / "c").changed == 1
+    assert_same(contents(tmp_path / "c", [64, 128]), before)
+
+
+def test_tars_are_compared_with_what_was_cached_of_them_too(tmp_path: Path) -> None:
+    members = [(f"{i}.{end}", encoded((64, 64), i) if end == "png" else f"text {i}".encode())
+               for i in range(4) for end in ("png", "txt")]  # fmt: skip
+    tar = write_tar(tmp_path / "t.tar", members)
+    build_cache(TarSource([tar]), PoolEncoder(), tmp_path / "c", [64], **STEP)
+    members[1], members[2] = ("0.txt", b"edited"), ("1.png", encoded((64, 64), 9))
+    write_tar(tar, members[:6])
+    report = build_cache(TarSource([tar]), PoolEncoder(), tmp_path / "c", [64], **STEP)
+    assert (report.images, report.cached, report.changed, report.removed) == (3, {"64": 3}, 2, 1)
+    build_cache(TarSource([tar]), PoolEncoder(), tmp_path / "fresh", [64], **STEP)
+    assert_same(contents(tmp_path / "c", [64]), contents(tmp_path / "fresh", [64]))
+
+
+def test_a_rerun_that_dies_at_any_rename_leaves_nothing_stale_once_it_is_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dead(BaseException):
+        pass
+
+    replace, unlink = os.replace, Path.unlink
+    first, second = draw(tmp_path / "first", [(160, 160)] * 9), draw(tmp_path / "second", [(160, 160)] * 9)
+    edited(second)
+    build(second, tmp_path / "fresh")
+    expected = contents(tmp_path / "fresh", [64, 128])
+    for after in range(100):
+        left = [after]
+        folder = tmp_path / f"i{after}"
+        shutil.copytree(first, folder)
+        build(folder, tmp_path / f"c{after}", shard_size=2)
+        shutil.rmtree(folder)
+        shutil.copytree(second, folder)
+
+        def dying(source: Any, target: Any, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Dead
+            replace(source, target)
+
+        def leaving(path: Path, missing_ok: bool = False, left: list[int] = left) -> None:
+            if left[0] >= 0:
+                unlink(path, missing_ok)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", dying)
+            patch.setattr(Path, "unlink", leaving)
+            try:
+                build(folder, tmp_path / f"c{after}", shard_size=2)
+                break
+            except Dead:
+                pass
+        report = build(folder, tmp_path / f"c{after}", shard_size=2)
+        assert (report.images, report.cached) == (9, {"64": 6, "128": 4})
+        assert_same(contents(tmp_path / f"c{after}", [64, 128]), expected)
+        assert not list((tmp_path / f"c{after}").glob("*/*/*.part"))
+        shutil.rmtree(tmp_path / f"c{after}")
+    assert after > 5
+
+
+def test_processes_that_share_the_work_take_out_what_is_stale_together(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "i", [(160, 160)] * 9)
+    for rank in range(2):
+        build(folder, tmp_path / "c", rank=rank, world=2)
+    edited(folder)
+    reports = [build(folder, tmp_path / "c", rank=rank, world=3) for rank in (2, 0, 1)]  # of another number
+    assert [report.complete for report in reports] == [False, False, True]
+    last = reports[-1]
+    assert (last.images, last.changed, last.removed, last.no_caption, last.broken) == (9, 2, 1, 1, 1)
+    build(folder, tmp_path / "fresh")
+    assert_same(contents(tmp_path / "c", [64, 128]), contents(tmp_path / "fresh", [64, 128]))
+
+
+def test_what_was_cached_without_a_digest_is_encoded_anew_and_counted(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "i", [(160, 160)] * 4)
+    build(folder, tmp_path / "c")
+    for path in tmp_path.glob("c/*/*/*.json"):
+        record = json.loads(path.read_text())
+        del record["digests"]
+        path.write_text(json.dumps(record))
+    assert len(CachedLatents(tmp_path / "c", 64)) == 4  # it can be trained on as it is
+    report = build(folder, tmp_path / "c")
+    assert (report.changed, report.undigested, report.cached) == (4, 4, {"64": 4, "128": 4})
+    assert "4 were cached by a version that did not note what they were made of" in str(report)
+    assert len(CachedLatents(tmp_path / "c", 64, verify=True)) == 4
+    assert build(folder, tmp_path / "c").changed == 0
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing_finished(images: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from support import comfy, models
 from edit_core.backbones import BACKBONES
 from edit_core.cli import main
 from edit_core.commands import COMMANDS
+from edit_core.commands.common import read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,8 @@ def test_mistakes_are_one_line_with_status_two(base: Path, tmp_path: Path, capsy
     other = tmp_path / "o.safetensors"
     cut = tmp_path / "cut.safetensors"
     comfy.cut(weights, cut)
-    for name, text in (("utf16", "a fox\n".encode("utf-16")), ("blank", b"\n \n"), ("prompts", b"a fox\n")):
+    unmarked, latin = "a fox\n".encode("utf-16-le"), "un caf\xe9\n".encode("cp1252")
+    for name, text in (("utf16", unmarked), ("latin", latin), ("blank", b"\n \n"), ("prompts", b"a fox\n")):
         (tmp_path / name).write_bytes(text)
     damaged = tmp_path / "damaged"
     (damaged / "transformer").mkdir(parents=True)
@@ -112,9 +116,13 @@ def test_mistakes_are_one_line_with_status_two(base: Path, tmp_path: Path, capsy
         (("demo", "--size", "1000"), "multiples of 16"),
         (("demo", "--steps", "0"), "at least 1"),
         ((*calibrate, tmp_path / "none"), "there is no such file of prompts"),
-        ((*calibrate, tmp_path / "utf16"), "cannot be read as text"),
+        ((*calibrate, tmp_path / "utf16"), "cannot be read as text (it holds zero bytes"),
+        ((*calibrate, tmp_path / "latin"), "cannot be read as text (byte 6 is not UTF-8; save it as UTF-8)"),
         ((*calibrate, tmp_path / "blank"), "holds no prompt"),
-        ((*calibrate, tmp_path / "prompts", "--lr", "-1"), "--lr must be above 0"),
+        ((*calibrate, tmp_path / "prompts", "--lr", "-1"), "--lr must be a number above 0"),
+        ((*calibrate, tmp_path / "prompts", "--lr", "inf"), "--lr must be a number above 0, not inf"),
+        ((*calibrate, tmp_path / "prompts", "--guidance", "-2"), "--guidance must be a number above 0, not -2.0"),
+        ((*calibrate, tmp_path / "prompts", "--guidance", "nan"), "--guidance must be a number above 0, not nan"),
         ((*calibrate, tmp_path / "prompts"), "config.json: cannot be read"),
     ):
         status, out, err = run(capsys, *arguments)
@@ -125,6 +133,37 @@ def test_mistakes_are_one_line_with_status_two(base: Path, tmp_path: Path, capsy
         assert "Traceback" not in err
     assert weights.read_bytes() == before
     assert not other.exists()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "cp437"])
+def test_output_that_is_not_utf8_loses_no_command(encoding: str, base: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
+    made = tmp_path / "w.safetensors"
+    for arguments in (
+        ["info", str(base / "pixart.safetensors")],
+        ["init", str(base / "pixart.safetensors"), str(made)],
+        ["distill", "--help"],
+        ["info", str(tmp_path / "Σ.safetensors")],  # to stderr
+    ):
+        command = [sys.executable, "-m", "edit_core", *arguments]
+        process = subprocess.run(command, capture_output=True, env=environment, cwd=comfy.PACK)
+        wrong = arguments[-1].endswith("Σ.safetensors")
+        assert process.returncode == (2 if wrong else 0), process.stderr
+        assert b"Traceback" not in process.stderr
+        text = (process.stderr if wrong else process.stdout).decode(encoding)
+        assert len(text) > 20
+        if "pixart" in arguments[1]:
+            assert ("PixArt-Σ" if encoding == "cp437" else "PixArt-\\u03a3") in text  # of the three, one has a sigma
+    assert made.exists()
+
+
+def test_prompts_are_read_by_their_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        path.write_bytes("ein F\xfcchslein\nein B\xe4r\n".encode(encoding))
+        assert read_prompts(str(path)) == ("ein F\xfcchslein", "ein B\xe4r"), encoding
+    path.write_bytes(codecs.BOM_UTF16_BE + "狐".encode("utf-16-be"))
+    assert read_prompts(str(path)) == ("狐",)
 
 
 def test_bad_usage_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,8 @@ def test_optimisers_of_other_packages_resume_exactly_where_installed(
     kind: str, package: str, prepared: Any, tmp_path: Path
 ) -> None:
     pytest.importorskip(package)
-    stages = ({**TRANSFER, "lr": 1.0 if kind == "prodigy" else 1e-3}, DISTILL)
+    lr = 1.0 if kind == "prodigy" else 1e-3
+    stages = ({**TRANSFER, "lr": lr}, {**DISTILL, "lr": lr})
     straight = Engine(training.config(prepared("pixart_sigma"), tmp_path / "straight", *stages, optimizer=kind)).run()
     config = training.config(prepared("pixart_sigma"), tmp_path / "resumed", *stages, optimizer=kind)
     engine = Engine(config)
@@ -403,11 +404,28 @@ def test_fields_of_parts_that_a_configuration_leaves_out_can_be_overridden() -> 
 
 
 def test_prodigy_is_refused_two_learning_rates_before_its_first_step_is() -> None:
-    changes = ["optimizer=prodigy", "trainable=low_rank"]
+    changes = ["optimizer=prodigy", "trainable=low_rank", *(f"stages.{index}.lr=1" for index in range(3))]
     with pytest.raises(EDiTConfigError, match="prodigy takes one learning rate"):
         load_config("pixart_sigma_24gb", changes)
     assert load_config("pixart_sigma_24gb", [*changes, "base_lr=1"]).optimizer == "prodigy"
-    assert load_config("pixart_sigma_24gb", ["optimizer=prodigy"]).trainable == "side"
+    assert load_config("pixart_sigma_24gb", [*changes, "trainable=side"]).trainable == "side"
+
+
+def test_rates_for_another_optimiser_are_refused_and_prodigys_default_is_its_own() -> None:
+    with pytest.raises(EDiTConfigError, match=r"stages.0.lr=0.001 is a rate for AdamW; .* set stages.0.lr=1$"):
+        load_config("pixart_sigma_24gb", ["optimizer=prodigy"])
+    with pytest.raises(EDiTConfigError, match=r"stages.2.lr=5e-05 is a rate for AdamW"):
+        load_config("pixart_sigma_24gb", ["optimizer=prodigy", "stages.0.lr=1", "stages.1.lr=1"])
+    stages = "stages=[{kind: transfer, steps: 8}, {kind: distill, steps: 8}, {kind: distill, steps: 8, lr: 0.5}]"
+    assert [stage.lr for stage in load_config("debug", ["optimizer=prodigy", "base_lr=1", stages]).stages] == [
+        1.0,
+        1.0,
+        0.5,
+    ]
+    assert [stage.lr for stage in load_config("debug", [stages, "stages.2.lr=1e-5"]).stages] == [1e-3, 1e-4, 1e-5]
+    for optimizer in ("adamw", "adamw8bit"):  # back from prodigy, with its rate left behind
+        with pytest.raises(EDiTConfigError, match=rf"stages.1.lr=1 is a factor for prodigy; {optimizer} takes"):
+            load_config("debug", [f"optimizer={optimizer}", "stages.1.lr=1"])
 
 
 def test_shipped_configurations_are_valid_and_missing_ones_are_said_to_be_so(tmp_path: Path) -> None:

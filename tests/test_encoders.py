@@ -16,6 +16,7 @@ from support.models import BACKBONES
 
 from edit_core.distill import encoders as encoders_module
 from edit_core.distill.encoders import PipelineEncoder
+from edit_core.distill.teacher import load_teacher
 from edit_core.errors import EDiTError
 
 folders = caching.folders
@@ -52,6 +53,70 @@ def test_long_captions_are_cut_as_the_pipeline_cuts_them(
         assert long.shape == short.shape
     assert capfd.readouterr().err == ""
     assert not caplog.records
+
+
+def test_captions_past_each_limit_are_named(encoders: dict[str, PipelineEncoder]) -> None:
+    for words, pixart, sd35 in ((5, [], []), (100, [], ["CLIP's 77 tokens"]),
+                                (280, [], ["CLIP's 77 tokens", "T5's 256 tokens"]),
+                                (400, ["T5's 300 tokens"], ["CLIP's 77 tokens", "T5's 256 tokens"])):  # fmt: skip
+        caption = "ships " * words
+        assert (encoders["pixart_sigma"].too_long(caption), encoders["sd35_medium"].too_long(caption)) == (pixart, sd35)
+    tokens = encoders["pixart_sigma"].pipeline.tokenizer("ships " * 299).input_ids
+    assert len(tokens) == 300  # with the end, all that is read
+    assert not encoders["pixart_sigma"].too_long("ships " * 299)
+    assert encoders["pixart_sigma"].too_long("ships " * 300)
+
+
+@pytest.mark.parametrize("caption", ["ships & sea", "“ships” at sea", "1024x768 ships", "ships 狐"])
+def test_captions_are_cleaned_where_the_pipeline_cleans_them(
+    caption: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as module
+
+    cpu = torch.device("cpu")
+    plain = PipelineEncoder(folders["pixart_sigma"], cpu, torch.float32)
+    for name in ("is_bs4_available", "is_ftfy_available"):
+        monkeypatch.setattr(module, name, lambda: True)
+    monkeypatch.setattr(
+        module.PixArtSigmaPipeline, "_clean_caption", lambda _, text: "".join(filter(str.isascii, text)).strip(" &x")
+    )
+    monkeypatch.setattr(encoders_module, "cleans_captions", lambda: True)
+    encoder = PipelineEncoder(folders["pixart_sigma"], cpu, torch.float32)
+    assert encoder.fingerprint != plain.fingerprint  # a cache goes on with what it was begun with
+    pipeline = DiffusionPipeline.from_pretrained(folders["pixart_sigma"], local_files_only=True)
+    seen: dict[str, torch.Tensor] = {}
+
+    def noted(*_: object, **kwargs: torch.Tensor) -> None:
+        seen.update(kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.transformer, "forward", noted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(caption, height=64, width=64, num_inference_steps=1, use_resolution_binning=False, guidance_scale=1)
+    torch.testing.assert_close(encoder.encode_prompts([caption])["prompt_embeds"], seen["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_folder_of_one_variant_alone_is_loaded_and_of_several_is_refused(
+    backbone: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(folders[backbone], local_files_only=True)
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="60KB")
+    assert len(list(tmp_path.glob("text_encoder/model.fp16-*.safetensors"))) > 1
+    cpu = torch.device("cpu")
+    plain, variant = (PipelineEncoder(folder, cpu, torch.float32) for folder in (folders[backbone], tmp_path))
+    assert variant.fingerprint == plain.fingerprint
+    state, expected = (load_teacher(f, torch.float32, cpu).state_dict() for f in (tmp_path, folders[backbone]))
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    pipeline.save_pretrained(tmp_path, variant="bf16")
+    for load in (
+        lambda: PipelineEncoder(tmp_path, cpu, torch.float32),
+        lambda: load_teacher(tmp_path, torch.float32, cpu),
+    ):
+        with pytest.raises(EDiTError, match="are there as the variants bf16, fp16 alone"):
+            load()
+    pipeline.save_pretrained(tmp_path)
+    assert PipelineEncoder(tmp_path, cpu, torch.float32).fingerprint == plain.fingerprint
 
 
 def test_an_incomplete_pipeline_is_one_sentence(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -454,6 +454,8 @@ def test_a_student_whose_numbers_overflow_is_named(teachers: Any, tmp_path: Path
         ({}, ["--size", "72"], "must be multiples of 16"),
         ({}, ["--size", "784"], "at most 768 pixels"),
         ({}, ["--steps", "0"], "--steps must be at least 1"),
+        ({}, ["--guidance", "-2"], "--guidance must be a number from 0 on, not -2.0"),
+        ({}, ["--guidance", "nan"], "--guidance must be a number from 0 on, not nan"),
         ({}, ["--seed", "-1"], "--seed must be from 0"),
         ({}, ["--resolution", "64"], "give --cache too"),
         ({}, ["--layers", "7"], "block 7 does not exist"),

@@ -64,7 +64,7 @@ class MadeUp(Backbone):
         sizes = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
         return super().call_arguments(latent, timestep, condition, device) | sizes
 
-    def encode(self, pipeline, texts, device):
+    def encode(self, pipeline, texts, device, clean=False):
         embeds, mask, _, _ = pipeline.encode_prompt(
             texts, do_classifier_free_guidance=False, device=device, max_sequence_length=11
         )

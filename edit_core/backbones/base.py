@@ -193,6 +193,11 @@ class Backbone(ABC):
     """What a pipeline has beside transformer and scheduler to make latents and embeddings with."""
     conditions: ClassVar[tuple[Condition, ...]]
     """What a prompt becomes; `prompt_embeds` is the first."""
+    limits: ClassVar[Mapping[str, tuple[str, int]]]
+    """Of a pipeline's tokenizers, what people call their limit, and how many tokens of a text are read, those of its
+    begin and end included."""
+    cleans: ClassVar[bool] = False
+    """Whether its pipelines clean captions before they draw, where they can."""
     comfy_arguments: ClassVar[tuple[str, ...]]
     """The positional arguments of the forward that is replaced in ComfyUI."""
     comfy_harmless: ClassVar[frozenset[str]]
@@ -282,8 +287,9 @@ class Backbone(ABC):
         return arguments
 
     @abstractmethod
-    def encode(self, pipeline: Any, texts: list[str], device: torch.device) -> dict[str, Tensor]:
-        """A pipeline's embeddings of texts, by the names in `conditions`; as many tokens for every text."""
+    def encode(self, pipeline: Any, texts: list[str], device: torch.device, clean: bool = False) -> dict[str, Tensor]:
+        """A pipeline's embeddings of texts, cleaned or not, by the names in `conditions`; as many tokens for every
+        text."""
 
     def make_pipeline(self, transformer: Any, scheduler: Any, vae: Any) -> Any:
         """A pipeline without text encoders, for embeddings."""

@@ -3,6 +3,8 @@ picture's size. What was trained at 256 or 512 pixels is not told it, and has th
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from .base import Real
 from .pixart_sigma import PixArtSigma
 
@@ -12,6 +14,7 @@ class PixArtAlpha(PixArtSigma):
     title = "PixArt-α"
     real = Real(28, 1152, 16, prompt_tokens=120, attention_graph=24, block_graph=41)
     pipelines = ("PixArtAlphaPipeline",)
+    limits: ClassVar[dict[str, tuple[str, int]]] = {"tokenizer": ("T5's 120 tokens", 120)}
     sized = True
 
 

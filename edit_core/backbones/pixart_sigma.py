@@ -43,6 +43,8 @@ class PixArtSigma(Backbone):
         ),
         Condition("prompt_mask", "encoder_attention_mask", "prompt_attention_mask"),
     )
+    limits: ClassVar[dict[str, tuple[str, int]]] = {"tokenizer": ("T5's 300 tokens", 300)}
+    cleans = True
     comfy_arguments = ("x", "mask", "HW", "block_id")
     comfy_harmless = frozenset({"x", "HW", "block_id", "transformer_options"})
     sized: ClassVar[bool] = False
@@ -89,8 +91,10 @@ class PixArtSigma(Backbone):
             sizes["aspect_ratio"] = latent.new_tensor([[height / width]]).expand(batch, 1)
         return {**super().call_arguments(latent, timestep, condition, device), "added_cond_kwargs": sizes}
 
-    def encode(self, pipeline: Any, texts: list[str], device: torch.device) -> dict[str, Tensor]:
-        embeds, mask, _, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False, device=device)
+    def encode(self, pipeline: Any, texts: list[str], device: torch.device, clean: bool = False) -> dict[str, Tensor]:
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            texts, do_classifier_free_guidance=False, device=device, clean_caption=clean
+        )
         return {"prompt_embeds": embeds, "prompt_mask": mask.bool()}
 
     def draw_arguments(self, condition: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Any]:

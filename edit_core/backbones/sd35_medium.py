@@ -56,6 +56,11 @@ class SD35Medium(Backbone):
             "pooled", "pooled_projections", "pooled_prompt_embeds", "pooled_projection_dim", "y_embedder.mlp.0", False
         ),
     )
+    limits: ClassVar[dict[str, tuple[str, int]]] = {
+        "tokenizer": ("CLIP's 77 tokens", 77),
+        "tokenizer_2": ("CLIP's 77 tokens", 77),
+        "tokenizer_3": ("T5's 256 tokens", 256),
+    }
     comfy_arguments = ("context", "x", "c")
     comfy_harmless = frozenset({"context", "x", "c", "transformer_options"})
     dual: ClassVar[int] = 13
@@ -103,7 +108,7 @@ class SD35Medium(Backbone):
             "qk_norm": "rms_norm",
         }
 
-    def encode(self, pipeline: Any, texts: list[str], device: torch.device) -> dict[str, Tensor]:
+    def encode(self, pipeline: Any, texts: list[str], device: torch.device, clean: bool = False) -> dict[str, Tensor]:
         embeds, _, pooled, _ = pipeline.encode_prompt(
             texts, None, None, do_classifier_free_guidance=False, device=device
         )

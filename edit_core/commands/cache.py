@@ -1,7 +1,8 @@
 """Encode images and captions once, for a distillation: latents and text embeddings in shards on disk.
 
-Run the same command again to go on after it was stopped, or to add images to the folder. Several processes may share
-the work: start one per GPU with `accelerate launch` or `torchrun`, or by hand with --rank and --world.
+Run the same command again to go on after it was stopped, or once images or captions were added, changed or removed:
+what has changed is encoded anew, and what is gone is taken out. Several processes may share the work: start one per GPU
+with `accelerate launch` or `torchrun`, or by hand with --rank and --world.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from ..distill.cache import build_cache
 from ..distill.encoders import PipelineEncoder
-from ..distill.sources import DatasetSource, FolderSource, Source, TarSource
+from ..distill.sources import DatasetSource, FolderSource, TarSource
 from ..runtime import DTYPES, progress
 from .common import Result, device_of
 
@@ -23,9 +24,11 @@ from .common import Result, device_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a PixArt-Σ or SD3.5 pipeline's folder, as diffusers saves it")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", help="a folder of images, each with a .txt of the same name")
+    source.add_argument(
+        "--images", help="a folder of images with captions: a .txt or .caption beside each, or metadata.jsonl"
+    )
     source.add_argument("--dataset", help="a Hugging Face dataset: a folder, or a name on the hub to stream from")
-    source.add_argument("--tars", nargs="+", help="webdataset tars of images and .txt files: paths or URLs")
+    source.add_argument("--tars", nargs="+", help="webdataset tars of images and captions: paths or URLs")
     parser.add_argument("--image-column", default="image", help="with --dataset: the column of images")
     parser.add_argument("--caption-column", default="text", help="with --dataset: the column of captions")
     parser.add_argument("--split", default="train", help="with --dataset: which part of it")
@@ -47,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Any) -> Result:
     source = _source(options)  # before the encoders, which take a while to load
+    source.require_captions()
     encoder = PipelineEncoder(options.model, device_of(options), DTYPES[options.dtype])
     report = build_cache(
         source,
@@ -60,6 +64,7 @@ def run(options: Any) -> Result:
         rank=options.rank,
         world=options.world,
         progress=progress,
+        too_long=encoder.too_long,
     )
     text = f"{options.output}: {report}"
     if not report.complete:
@@ -67,7 +72,7 @@ def run(options: Any) -> Result:
     return Result(text, {"cache": options.output, "backbone": encoder.backbone, **asdict(report)})
 
 
-def _source(options: Any) -> Source:
+def _source(options: Any) -> FolderSource | TarSource | DatasetSource:
     if options.images:
         return FolderSource(options.images)
     if options.tars:

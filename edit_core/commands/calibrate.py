@@ -6,6 +6,7 @@ It is the first stage of a distillation alone, and needs no data set; a full dis
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def run(options: Any) -> Result:
     output, prompts = new_output(options.output), read_prompts(options.prompts)
     if options.steps < 1 or options.sampler_steps < 1:
         raise EDiTError("--steps and --sampler-steps must be at least 1")
-    if not options.lr > 0:
-        raise EDiTError("--lr must be above 0")
+    for name, value in (("lr", options.lr), ("guidance", options.guidance)):
+        if not 0 < value < math.inf:
+            raise EDiTError(f"--{name} must be a number above 0, not {value}")
     try:
         from ..distill.calibrate import calibrate
         from ..distill.encoders import PipelineEncoder

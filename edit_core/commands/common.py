@@ -13,6 +13,7 @@ from ..backbones import BACKBONES, Backbone
 from ..config import CHOICES, DEFAULT, PRESETS, EDiTConfig
 from ..errors import EDiTError
 from ..runtime import DTYPES, usable_device
+from ..text import decode_text
 from ..weights.differences import Trainable
 
 __all__ = [
@@ -108,10 +109,10 @@ def read_prompts(path: str) -> tuple[str, ...]:
         EDiTError: it cannot be read, or holds none.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = decode_text(Path(path).read_bytes())
     except FileNotFoundError:
         raise EDiTError(f"{path}: there is no such file of prompts") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise EDiTError(f"{path}: cannot be read as text ({error})") from None
     prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not prompts:

@@ -186,6 +186,8 @@ def _check(options: Any, output: Path) -> None:
     for name in ("steps", "seeds", "batch", "samples"):
         if getattr(options, name) < 1:
             raise EDiTError(f"--{name} must be at least 1")
+    if not 0 <= options.guidance < math.inf:
+        raise EDiTError(f"--guidance must be a number from 0 on, not {options.guidance}; up to 1 there is none")
     if not 0 <= options.seed < 1 << 32:
         raise EDiTError("--seed must be from 0 to 4294967295")
     if options.images and not (options.clip or options.inception):

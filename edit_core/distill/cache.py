@@ -9,7 +9,8 @@
 
 A shard exists once its record does. The record is written last, after the shard has its final name and lies on the
 disk; a process that dies leaves at most files without a record, which its next run removes. Nothing is locked: every
-process takes its own share of the keys, and writes only files with its own number in their names.
+process takes its own share of the keys, and writes only files with its own number in their names. The last one takes
+out what is stale: samples whose image or caption has changed or gone since they were written, known by their digests.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import signal
 import tarfile
 import threading
@@ -28,14 +30,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import EDiTError
+from ..errors import EDiTError, shown
 from ..files import read_json, write_file
+from .captions import counted, no_caption
 from .encoders import CELL, Encoder
 from .sources import Item, Source
 
@@ -44,6 +47,7 @@ __all__ = ["EMPTY_PROMPT", "FORMAT", "FORMAT_VERSION", "CacheReport", "Progress"
 FORMAT = "edit-cache"
 FORMAT_VERSION = 1
 EMPTY_PROMPT = "empty_prompt.safetensors"
+T = TypeVar("T")
 Progress = Callable[[Iterable[Item], int, str], Iterable[Item]]
 """`edit_core.runtime.progress`, or alike."""
 
@@ -62,33 +66,62 @@ class CacheReport:
     too_small: dict[str, int] = field(default_factory=dict)
     """By resolution: images that would have to be enlarged."""
     no_caption: int = 0
+    unusable: int = 0
+    """Images with a caption that cannot be read, or with several that differ."""
     broken: int = 0
     duplicates: int = 0
     examples: list[str] = field(default_factory=list)
     """A few of the images that were left out as broken or without a caption, and why."""
+    others: dict[str, int] = field(default_factory=dict)
+    """By kind: what lies in the source and is neither an image nor an image's caption."""
+    changed: int = 0
+    """Images that an earlier run cached otherwise, which were encoded anew."""
+    undigested: int = 0
+    """Of these, images that were cached by a version that noted no digests."""
+    removed: int = 0
+    """Images that an earlier run cached, and that are no longer there."""
+    cut: dict[str, int] = field(default_factory=dict)
+    """By limit: captions of cached images that the text encoders read the beginning of."""
     complete: bool = False
     """Whether all processes are through, and the manifest is written."""
 
     def leave_out(self, item: Item, reason: str) -> None:
         if len(self.examples) < _EXAMPLES:
-            self.examples.append(f"{item.name}: {reason}")
+            self.examples.append(f"{shown([item.name])}: {reason}")
 
     def add(self, other: CacheReport) -> None:
-        for name in ("images", "no_caption", "broken", "duplicates"):
+        for name in (
+            "images", "no_caption", "unusable", "broken", "duplicates", "changed", "undigested", "removed"
+        ):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("cached", "too_small"):
+        for name in ("cached", "too_small", "others", "cut"):
             counts = getattr(self, name)
-            for resolution, count in getattr(other, name).items():
-                counts[resolution] = counts.get(resolution, 0) + count
+            for kind, count in getattr(other, name).items():
+                counts[kind] = counts.get(kind, 0) + count
         self.examples = (self.examples + other.examples)[:_EXAMPLES]
 
     def __str__(self) -> str:
         cached = ", ".join(f"{count} at {resolution}" for resolution, count in self.cached.items())
         left = [f"{count} too small for {resolution}" for resolution, count in self.too_small.items() if count]
-        counts = {"without a caption": self.no_caption, "broken": self.broken, "found twice": self.duplicates}
-        left += [f"{count} {what}" for what, count in counts.items() if count]
+        counts = {
+            "without a caption": self.no_caption,
+            "with a caption that cannot be used": self.unusable,
+            "broken": self.broken,
+            "found twice": self.duplicates,
+        }
+        left += [counted(counts)] if counted(counts) else []
         lines = [f"{self.images} images; cached {cached}", "left out: " + (", ".join(left) or "none")]
-        return "\n".join([*lines, *(f"  {example}" for example in self.examples)])
+        lines += [f"  {example}" for example in self.examples]
+        if counted(self.others):
+            lines.append(f"neither an image nor an image's caption: {counted(self.others)}")
+        if self.cut:
+            cut = ", ".join(f"{count} over {limit}" for limit, count in self.cut.items())
+            lines.append(f"captions that are not read to their end: {cut}")
+        if self.changed or self.removed:
+            since = f"since the run before: {self.changed} encoded anew, {self.removed} gone and taken out"
+            old = f" ({self.undigested} were cached by a version that did not note what they were made of)"
+            lines.append(since + (old if self.undigested else ""))
+        return "\n".join(lines)
 
 
 def buckets(resolution: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
@@ -139,8 +172,12 @@ def build_cache(
     rank: int = 0,
     world: int = 1,
     progress: Progress = lambda items, total, label: items,
+    too_long: Callable[[str], Sequence[str]] = lambda caption: (),
 ) -> CacheReport:
     """Encodes a source's images and captions into a folder, or goes on where an earlier run stopped.
+
+    What is cached already is kept as long as its image's file and its caption are what they were: what has changed is
+    encoded anew, and what is gone is taken out.
 
     Every image goes, at every resolution, to the bucket whose aspect is nearest to its own: it is scaled down and
     cropped at the centre. It is never enlarged. Ctrl-C closes the open shards, then raises KeyboardInterrupt.
@@ -158,6 +195,7 @@ def build_cache(
         rank: this process's number among those that share the work; no two at once may have the same.
         world: how many processes share the work.
         progress: wraps the source's items.
+        too_long: the limits of the text encoders that a caption is longer than.
 
     Returns:
         the report of all processes if this was the last one, else of this one.
@@ -195,19 +233,25 @@ def build_cache(
             with _memory("one prompt"):
                 prompt = encoder.encode_prompts([""])
             write_file(empty, save({name: tensor[0].contiguous() for name, tensor in prompt.items()}))
-        done: dict[int, set[str]] = {r: set() for r in resolutions}
-        for record in _records(output):
-            done[int(record["file"].split("/")[0])].update(record["keys"])
-    build = _Build(encoder, output, done, batch_size, shard_size, rank, world)
+        done: _Done = {r: {} for r in resolutions}
+        for path, record in _records(output):
+            known = done[int(path.parent.parent.name)]
+            for key, digest in _samples(record):
+                known.setdefault(key, set()).add(digest)
+    build = _Build(encoder, output, done, batch_size, shard_size, rank, world, too_long)
     with _deferred_interrupt() as stop:
         build.run(source, sizes, progress, stop)
     report = build.report
     with _writing(output):
-        write_file(output / "ranks" / _rank_file(rank, world), _json(asdict(report)))
+        write_file(output / "ranks" / _rank_file(rank, world), _json({**asdict(report), "stale": build.stale}))
         reports = [output / "ranks" / _rank_file(number, world) for number in range(world)]
         if not all(path.exists() for path in reports):
             return report
-        return _finish(output, settings, [CacheReport(**read_json(path)) for path in reports])
+        return _finish(output, settings, [read_json(path) for path in reports])
+
+
+_Done = dict[int, dict[str, set[str]]]
+"""Resolution -> key -> the digests of what it was cached of: more than one where a run was stopped on its way."""
 
 
 class _Build:
@@ -217,18 +261,24 @@ class _Build:
         self,
         encoder: Encoder,
         output: Path,
-        done: dict[int, set[str]],
+        done: _Done,
         batch_size: int,
         shard_size: int,
         rank: int,
         world: int,
+        too_long: Callable[[str], Sequence[str]],
     ) -> None:
         self.encoder, self.output, self.done = encoder, output, done
         self.batch_size, self.shard_size, self.rank, self.world = batch_size, shard_size, rank, world
+        self.too_long = too_long
         counts = {str(r): 0 for r in done}
         self.report = CacheReport(cached=dict(counts), too_small=dict(counts))
-        self.chunk: list[tuple[Item, list[View]]] = []
-        self.waiting: dict[tuple[int, int, int], list[tuple[str, View, dict[str, Tensor]]]] = {}
+        self.now: dict[str, str] = {}
+        """Key -> the digest of what the source has for it; empty where that cannot be used."""
+        self.stale: list[tuple[str, str]] = []
+        """Keys and digests of this process's share that are cached, and that the source no longer has."""
+        self.chunk: list[tuple[Item, str, list[View]]] = []
+        self.waiting: dict[tuple[int, int, int], list[tuple[str, str, View, dict[str, Tensor]]]] = {}
         self.shards: dict[tuple[int, int, int], _Shard] = {}
 
     def run(
@@ -236,43 +286,44 @@ class _Build:
     ) -> None:
         from PIL import UnidentifiedImageError
 
-        captions = seen = 0
-        keys: set[str] = set()
+        captions, seen, unusable = 0, 0, ""
 
         def mine() -> Iterator[Item]:
-            nonlocal captions, seen
+            nonlocal captions, seen, unusable
             for item in source:
                 seen += 1
                 captions += item.caption is not None
-                # By a digest, not by position: a source that grew still gives every process its former share.
-                if int(item.key[-8:], 16) % self.world == self.rank:
+                unusable = unusable or item.unusable
+                if _share(item.key, self.world) == self.rank:
                     yield item
 
-        def read(item: Item) -> list[View] | str:
-            wanted = {r: sizes[r] for r in self.done if item.key not in self.done[r]}
-            if item.caption is None or not wanted:
-                return []
+        def read(item: Item) -> tuple[str, list[View] | str]:
+            if item.caption is None:
+                return "", []
             try:
-                return _views(item, wanted)
+                data = item.read()
+                digest = _digest(data, item.caption)
+                wanted = {r: sizes[r] for r, known in self.done.items() if digest not in known.get(item.key, ())}
+                return digest, _views(item, data, wanted) if wanted else []
             except UnidentifiedImageError:  # its own message has only an address in memory
-                return "not an image that Pillow can read"
+                return "", "not an image that Pillow can read"
             except Exception as error:  # Pillow raises every kind there is for a damaged file
-                return (str(error).strip() or type(error).__name__).splitlines()[0]
+                return "", (str(error).strip() or type(error).__name__).splitlines()[0]
 
         label = f"cache {self.rank + 1}/{self.world}" if self.world > 1 else "cache"
         items = progress(mine(), source.count // self.world, label)
         try:
             with ThreadPoolExecutor(_READERS) as pool:
-                for item, views in _ahead(pool, read, items, 2 * _READERS):
+                for item, (digest, views) in _ahead(pool, read, items, 2 * _READERS):
                     if stop.is_set():
                         raise KeyboardInterrupt
                     self.report.images += 1
-                    if item.key in keys:
+                    if item.key in self.now:
                         self.report.duplicates += 1
                         self.report.leave_out(item, "an image of this name came before")
                         continue
-                    keys.add(item.key)
-                    self._take(item, views)
+                    self.now[item.key] = digest
+                    self._take(item, digest, views)
             self._encode_chunk()
             for bucket in list(self.waiting):
                 self._encode_waiting(bucket)
@@ -283,11 +334,30 @@ class _Build:
         except BaseException:
             self._close_all()
             raise
+        if self.rank == 0:  # every process has seen all of them
+            self.report.others = dict(source.others)
         if seen and not captions:
-            raise EDiTError(f"{source.name}: none of its {seen} images has a caption")
+            raise no_caption(source.name, seen, source.others, unusable)
+        self._compare()
 
-    def _take(self, item: Item, views: list[View] | str) -> None:
-        if item.caption is None:
+    def _compare(self) -> None:
+        """Finds what is stale, once the whole source is known."""
+        keys = {key for known in self.done.values() for key in known if _share(key, self.world) == self.rank}
+        for key in sorted(keys):
+            cached = {digest for known in self.done.values() for digest in known.get(key, ())}
+            now = self.now.get(key)
+            stale = sorted(digest for digest in cached if not now or digest != now)
+            self.stale += [(key, digest) for digest in stale]
+            self.report.removed += now is None
+            if now and stale:
+                self.report.changed += 1
+                self.report.undigested += stale == [""]
+
+    def _take(self, item: Item, digest: str, views: list[View] | str) -> None:
+        if item.problem:
+            self.report.unusable += 1
+            self.report.leave_out(item, item.problem)
+        elif item.caption is None:
             self.report.no_caption += 1
             self.report.leave_out(item, "no caption")
         elif isinstance(views, str):
@@ -295,13 +365,16 @@ class _Build:
             self.report.leave_out(item, views)
         else:
             new = {view.resolution for view in views}
-            for resolution, done in self.done.items():
-                if resolution in new or item.key in done:
-                    self.report.cached[str(resolution)] += 1
-                else:
-                    self.report.too_small[str(resolution)] += 1
+            cached = {r for r, known in self.done.items() if r in new or digest in known.get(item.key, ())}
+            for resolution in self.done:
+                (self.report.cached if resolution in cached else self.report.too_small)[str(resolution)] += 1
+            if not cached:
+                self.now[item.key] = ""
+                return
+            for limit in self.too_long(item.caption):
+                self.report.cut[limit] = self.report.cut.get(limit, 0) + 1
             if views:
-                self.chunk.append((item, views))
+                self.chunk.append((item, digest, views))
             if len(self.chunk) == self.batch_size:
                 self._encode_chunk()
 
@@ -311,11 +384,11 @@ class _Build:
         if not chunk:
             return
         with _memory(f"{len(chunk)} prompts"):
-            prompts = self.encoder.encode_prompts([item.caption or "" for item, _ in chunk])
-        for index, (item, views) in enumerate(chunk):
+            prompts = self.encoder.encode_prompts([item.caption or "" for item, _, _ in chunk])
+        for index, (item, digest, views) in enumerate(chunk):
             prompt = {name: tensor[index] for name, tensor in prompts.items()}
             for view in views:
-                self.waiting.setdefault(view.bucket, []).append((item.key, view, prompt))
+                self.waiting.setdefault(view.bucket, []).append((item.key, digest, view, prompt))
                 # Larger images in smaller batches, so that one batch size suits all resolutions.
                 most = max(1, self.batch_size * min(self.done) ** 2 // view.resolution**2)
                 if len(self.waiting[view.bucket]) >= most:
@@ -325,14 +398,14 @@ class _Build:
         samples = self.waiting.pop(bucket)
         resolution, height, width = bucket
         with _memory(f"{len(samples)} images of {height}x{width} pixels"):
-            latents = self.encoder.encode_images(torch.stack([view.pixels for _, view, _ in samples]))
-        for (key, view, prompt), latent in zip(samples, latents, strict=True):
+            latents = self.encoder.encode_images(torch.stack([view.pixels for _, _, view, _ in samples]))
+        for (key, digest, view, prompt), latent in zip(samples, latents, strict=True):
             shard = self.shards.get(bucket)
             if shard is None:
                 folder = self.output / str(resolution) / f"{height // CELL}x{width // CELL}"
                 shard = self.shards[bucket] = _Shard(self.output, folder, self.rank)
             tensors = {"latent": latent, **prompt}
-            shard.add(key, {name: t.contiguous() for name, t in tensors.items()}, view.meta)
+            shard.add(key, digest, {name: t.contiguous() for name, t in tensors.items()}, view.meta)
             if len(shard.keys) >= self.shard_size:
                 self.shards.pop(bucket).close()
         now = time.monotonic()
@@ -361,9 +434,10 @@ class _Shard:
         self.root, self.opened = root, time.monotonic()
         self.digest, self.bytes, self.whole = hashlib.sha256(), 0, True
         self.keys: list[str] = []
+        self.digests: list[str] = []
         self.places: list[tuple[int, int]] = []
 
-    def add(self, key: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    def add(self, key: str, digest: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Appends a sample: two members, as webdataset has them."""
         self.whole = False
         with _writing(self.part):
@@ -372,6 +446,7 @@ class _Shard:
             self._member(f"{key}.safetensors", data)
             self._member(f"{key}.json", _json(meta))
         self.keys.append(key)
+        self.digests.append(digest)
         self.places.append((place, len(data)))
         self.whole = True
 
@@ -403,6 +478,7 @@ class _Shard:
                     "bytes": self.bytes,
                     "sha256": self.digest.hexdigest(),
                     "keys": self.keys,
+                    "digests": self.digests,
                     "places": self.places,
                 }
                 write_file(self.path.with_suffix(".json"), _json(record))
@@ -418,13 +494,23 @@ class _Shard:
             self.part.unlink(missing_ok=True)
 
 
-def _views(item: Item, wanted: dict[int, list[tuple[int, int]]]) -> list[View]:
+def _digest(data: bytes, caption: str) -> str:
+    """Of all that a sample is made of, but for the settings, which the whole cache has in common."""
+    return hashlib.sha256(hashlib.sha256(data).digest() + caption.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _share(key: str, world: int) -> int:
+    """Whose a key is: by a digest, not by position, so that a source that grew gives every process its former share."""
+    return int(key[-8:], 16) % world
+
+
+def _views(item: Item, data: bytes, wanted: dict[int, list[tuple[int, int]]]) -> list[View]:
     """The image in its bucket of every resolution for which it is large enough."""
     import numpy
     from PIL import Image, ImageOps
 
     views = []
-    with Image.open(io.BytesIO(item.read())) as opened:
+    with Image.open(io.BytesIO(data)) as opened:
         if opened.mode.startswith(("I", "F")):
             raise ValueError(f"its colours are {opened.mode}, not of 8 bits")
         quarter_turn = opened.getexif().get(0x0112, 1) >= 5  # the orientation that cameras note
@@ -461,10 +547,10 @@ def _rgb(image: Any) -> Any:
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, read: Callable[[Item], list[View] | str], items: Iterable[Item], depth: int
-) -> Iterator[tuple[Item, list[View] | str]]:
+    pool: ThreadPoolExecutor, read: Callable[[Item], T], items: Iterable[Item], depth: int
+) -> Iterator[tuple[Item, T]]:
     """Reads items in other threads, in order, at most `depth` ahead."""
-    waiting: deque[tuple[Item, Future[list[View] | str]]] = deque()
+    waiting: deque[tuple[Item, Future[T]]] = deque()
     try:
         for item in items:
             waiting.append((item, pool.submit(read, item)))
@@ -539,8 +625,9 @@ def _agree(output: Path, settings: dict[str, Any]) -> None:
         raise EDiTError(f"{path}: is not a cache's settings")
     for name, value in settings.items():
         if before.get(name) != value:
+            what = " (the VAE, the text encoders, and whether both ftfy and bs4 are installed)" * (name == "encoder")
             raise EDiTError(
-                f"{output}: this cache was begun with {name} {before.get(name)!r}, and now it is {value!r}; "
+                f"{output}: this cache was begun with {name}{what} {before.get(name)!r}, and now it is {value!r}; "
                 "choose another folder, or the same settings"
             )
 
@@ -548,7 +635,7 @@ def _agree(output: Path, settings: dict[str, Any]) -> None:
 def _remove_unfinished(output: Path, rank: int | None) -> None:
     """Removes what a dead process left: shards without a record. Of all processes where this is the only one."""
     name = "???" if rank is None else f"{rank:03d}"
-    for pattern in (f"shard-{name}-??????.part", f".shard-{name}-??????.json.*.part"):
+    for pattern in (f"shard-{name}-??????.part", f".shard-{name}-??????.*.part"):
         for path in output.glob(f"*/*/{pattern}"):
             path.unlink(missing_ok=True)
     for path in output.glob(f"*/*/shard-{name}-??????.tar"):
@@ -556,26 +643,73 @@ def _remove_unfinished(output: Path, rank: int | None) -> None:
             path.unlink(missing_ok=True)
 
 
-def _records(output: Path) -> Iterator[dict[str, Any]]:
+def _records(output: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The finished shards' records. A shard that was since lost or cut off does not count: its images come again."""
     for path in sorted(output.glob("*/*/shard-*.json")):
         record = read_json(path)
         shard = path.with_suffix(".tar")
         if shard.exists() and shard.stat().st_size == record["bytes"]:
-            yield record
+            yield path, record
+
+
+def _samples(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """A record's keys and digests; versions before these noted none, so that what they cached is encoded anew."""
+    return list(zip(record["keys"], record.get("digests", [""] * len(record["keys"])), strict=True))
+
+
+def _take_out(path: Path, record: dict[str, Any], stale: set[tuple[str, str]]) -> None:
+    """Writes a shard anew without what is stale. If that is cut short, its record no longer fits: it counts as lost."""
+    samples = _samples(record)
+    kept = [index for index, sample in enumerate(samples) if sample not in stale]
+    if len(kept) == len(samples):
+        return
+    shard = path.with_suffix(".tar")
+    if not kept:
+        path.unlink(missing_ok=True)
+        shard.unlink(missing_ok=True)
+        return
+    ends = [*(offset for offset, _ in record["places"][1:]), record["bytes"] - 2 * tarfile.BLOCKSIZE]
+    part = shard.with_name(f".{shard.name}.{secrets.token_hex(4)}.part")
+    digest, size, places = hashlib.sha256(), 0, list[tuple[int, int]]()
+    try:
+        with open(shard, "rb") as source, open(part, "wb") as target:
+            for index in kept:
+                offset, length = record["places"][index]
+                source.seek(offset)
+                data = source.read(ends[index] - offset)
+                places.append((size, length))
+                target.write(data)
+                digest.update(data)
+                size += len(data)
+            target.write(bytes(2 * tarfile.BLOCKSIZE))
+            digest.update(bytes(2 * tarfile.BLOCKSIZE))
+            size += 2 * tarfile.BLOCKSIZE
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(part, shard)
+    finally:
+        part.unlink(missing_ok=True)
+    keys, digests = ([samples[index][i] for index in kept] for i in range(2))
+    new = {"samples": len(kept), "bytes": size, "sha256": digest.hexdigest()}
+    write_file(path, _json({**record, **new, "keys": keys, "digests": digests, "places": places}))
 
 
 def _rank_file(rank: int, world: int) -> str:
     return f"rank-{rank:03d}-of-{world:03d}.json"
 
 
-def _finish(output: Path, settings: dict[str, Any], reports: list[CacheReport]) -> CacheReport:
-    """Writes the manifest. Two processes that end together write the same one."""
+def _finish(output: Path, settings: dict[str, Any], reports: list[dict[str, Any]]) -> CacheReport:
+    """Takes out what is stale, and writes the manifest. Two processes that end together write the same one."""
+    stale = {(key, digest) for part in reports for key, digest in part.pop("stale", [])}
     report = CacheReport(complete=True)
     for part in reports:
-        report.add(part)
+        report.add(CacheReport(**part))
+    if stale:
+        (output / "manifest.json").unlink(missing_ok=True)  # until it is written anew, the cache is not finished
+        for path, record in _records(output):
+            _take_out(path, record, stale)
     shards, owners = [], dict[tuple[str, str], str]()
-    for record in _records(output):
+    for _, record in _records(output):
         resolution = record["file"].split("/")[0]
         for key in record.pop("keys"):
             if (other := owners.setdefault((resolution, key), record["file"])) != record["file"]:
@@ -583,7 +717,8 @@ def _finish(output: Path, settings: dict[str, Any], reports: list[CacheReport]) 
                     f"{output}: {record['file']} and {other} hold the same image, since two processes shared a rank; "
                     "remove one of them with its .json and run the same command again"
                 )
-        del record["places"]
+        for name in ("places", "digests"):
+            record.pop(name, None)
         shards.append(record)
     if not shards:
         raise EDiTError(f"no image could be cached: {str(report).splitlines()[1]}")

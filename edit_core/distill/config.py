@@ -68,7 +68,8 @@ class RunConfig(Strict):
     stages: Annotated[list[Stage], Field(min_length=1)]
     """In this order."""
     optimizer: OptimizerKind = "adamw"
-    """adamw8bit needs bitsandbytes, prodigy prodigyopt."""
+    """adamw8bit needs bitsandbytes, prodigy prodigyopt. Prodigy finds its rate, and a stage's lr, 1 if none is given,
+    multiplies it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged weights, which are what is published; 0 for none. It rises to this over the first steps,
@@ -85,9 +86,29 @@ class RunConfig(Strict):
     max_skipped: Count = 20
     """More steps in a row than these whose loss or gradient is not finite stop the run."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _prodigy_rates(cls, data: Any) -> Any:
+        """The stages' own default rates are AdamW's."""
+        if not isinstance(data, dict) or data.get("optimizer") != "prodigy" or not isinstance(data.get("stages"), list):
+            return data
+        stages = [{"lr": 1.0, **stage} if isinstance(stage, dict) else stage for stage in data["stages"]]
+        return {**data, "stages": stages}
+
     @model_validator(mode="after")
     def _student(self) -> RunConfig:
         check_trainable(self.edit_config(), self.trainable)
+        for index, stage in enumerate(self.stages):
+            if self.optimizer == "prodigy" and stage.lr < _LEAST_PRODIGY:
+                raise ValueError(
+                    f"stages.{index}.lr={stage.lr:g} is a rate for AdamW; prodigy finds its own, and multiplies it by "
+                    f"this: set stages.{index}.lr=1"
+                )
+            if self.optimizer != "prodigy" and stage.lr > _MOST_ADAMW:
+                raise ValueError(
+                    f"stages.{index}.lr={stage.lr:g} is a factor for prodigy; {self.optimizer} takes the rate itself: "
+                    f"set stages.{index}.lr=1e-3 or less"
+                )
         if self.optimizer == "prodigy" and self.trainable != "side" and self.base_lr != 1:
             raise ValueError("prodigy takes one learning rate for all that is trained; set base_lr to 1")
         return self
@@ -95,6 +116,10 @@ class RunConfig(Strict):
     def edit_config(self) -> EDiTConfig:
         fields = {"preset": DEFAULT, **self.student}
         return EDiTConfig.preset(fields.pop("preset"), **fields)
+
+
+_LEAST_PRODIGY = 0.1  # of its own rate: less learns too little to notice, and nobody chooses it
+_MOST_ADAMW = 0.3  # each step moves a weight by about the rate, and the weights are smaller than that
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -18,6 +18,8 @@ from torch import Tensor
 from ..backbones import BACKBONES, CELL, Backbone, backbone_named
 from ..basefile import BaseFile
 from ..errors import EDiTModelError
+from .prompts import cleans_captions, limits_passed
+from .variants import only_variant
 
 __all__ = ["CELL", "Encoder", "PipelineEncoder", "quiet"]
 
@@ -47,7 +49,8 @@ class Encoder(Protocol):
 class PipelineEncoder:
     """The VAE and the text encoders of a pipeline's folder; the transformer is not loaded.
 
-    Prompts go through the pipeline's own `encode_prompt`, so that a cache holds what the pipeline would draw with.
+    Prompts go through the pipeline's own `encode_prompt`, so that a cache holds what the pipeline would draw with: that
+    includes PixArt-Σ's `clean_caption`, on in its call and not in that method, where ftfy and bs4 are installed.
     Nothing is fetched, and nothing is unpickled.
 
     Args:
@@ -79,7 +82,10 @@ class PipelineEncoder:
                     torch_dtype={"default": dtype, "vae": torch.float32},
                     local_files_only=True,
                     use_safetensors=True,
+                    variant=only_variant(self.folder, backbone.parts),
                 )
+        except EDiTModelError:
+            raise
         except Exception as error:  # diffusers and transformers raise every kind there is for a damaged folder
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EDiTModelError(f"{self.folder}: its VAE or text encoders cannot be loaded ({reason})") from None
@@ -89,12 +95,16 @@ class PipelineEncoder:
                 f"{self.folder}: its VAE makes one cell of {self.pipeline.vae_scale_factor} pixels, not of {CELL}"
             )
         self.pipeline.to(device)
+        self.cleans = backbone.cleans and cleans_captions()
+        """Whether captions are cleaned, as the pipeline does before it draws."""
 
     @property
     def fingerprint(self) -> str:
         """A digest of the VAE's factors, the vocabularies, and a few values of every tensor."""
         config = self.vae.config
         digest = hashlib.sha256(f"{self.backbone} {config.scaling_factor} {config.shift_factor}".encode())
+        if self.cleans:
+            digest.update(b"clean_caption")
         for name in backbone_named(self.backbone).parts:
             part = getattr(self.pipeline, name)
             if name.startswith("tokenizer"):
@@ -119,8 +129,13 @@ class PipelineEncoder:
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """See :meth:`Encoder.encode_prompts`. T is that of a whole prompt, such as PixArt-Σ's 300."""
         with quiet():  # every long caption would be quoted, since CLIP takes 77 tokens of it
-            found = backbone_named(self.backbone).encode(self.pipeline, list(prompts), self.device)
+            found = backbone_named(self.backbone).encode(self.pipeline, list(prompts), self.device, self.cleans)
         return {name: self._finite("text encoders", value) for name, value in found.items()}
+
+    def too_long(self, caption: str) -> list[str]:
+        """The limits of the text encoders that a caption is longer than."""
+        with quiet():  # a tokenizer warns of every long caption
+            return limits_passed(self.pipeline, backbone_named(self.backbone), caption, self.cleans)
 
     def _finite(self, part: str, tensor: Tensor) -> Tensor:
         if not bool(tensor.isfinite().all()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -35,11 +36,14 @@ from .dataset import BatchPlan, CachedLatents
 from .journal import Journal
 from .optimizer import Learner, make_optimizer
 from .parallel import Processes
+from .resuming import continue_from
 from .stages import Stage, Student
 from .teacher import load_teacher
 from .watch import Watcher
 
 __all__ = ["Engine"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -89,6 +93,8 @@ class Engine:
         self.skipped = 0
         """Steps that were not finite; float16's loss scaling finds its scale by a few of them now and then."""
         self.skipped_in_a_row = 0
+        self.resumed: list[dict[str, Any]] = []
+        """What was changed where the run went on, and after which step."""
         self.stopping = False
         optimizer = self._optimizer(config.stages[0])
         self.learner = Learner(self.parameters, optimizer, self.device, scaled=config.precision == "float16")
@@ -286,6 +292,7 @@ class Engine:
             "total": self.total,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "resumed": self.resumed,
             "groups": [{k: _plain(v) for k, v in g.items() if k != "params"} for g in groups],
             "scaler": self.learner.scaler.state_dict(),
             "config": json.loads(self.config.model_dump_json()),
@@ -296,22 +303,20 @@ class Engine:
         """Goes on from the newest checkpoint; False where there is none.
 
         Raises:
-            EDiTError: it is damaged, or of another student or teacher.
+            EDiTError: it is damaged, of another student or teacher, or changed where it is too late.
         """
         path = latest_checkpoint(self.config.output / "checkpoints")
         if path is None:
             return False
         tensors, state = load_checkpoint(path)
-        now = json.loads(self.config.model_dump_json())
-        for field in ("student", "layers", "trainable", "rank", "optimizer", "ema", "precision"):
-            if state["config"][field] != now[field]:
-                raise EDiTError(
-                    f"{path} was made with another {field} ({state['config'][field]!r}); choose another output folder"
-                )
+        now, data = json.loads(self.config.model_dump_json()), CachedLatents.describe(self.config.cache)
+        where = continue_from(path, state, now, self.weights.base_hash, data)
+        if where.changed and self.processes.first:
+            logger.warning("going on from step %s with %s", state["total"], where)
         shapes = {name: tensors[key].shape for name in self.parameters if (key := f"weights.{name}") in tensors}
         if shapes != {name: parameter.shape for name, parameter in self.parameters.items()}:
             raise EDiTError(f"{path} was made with another model, of other shapes; choose another output folder")
-        self.stage_index, self.step, self.total = state["stage"], state["step"], state["total"]
+        self.stage_index, self.step, self.total, self.resumed = where.stage, where.step, state["total"], where.notes
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -320,7 +325,8 @@ class Engine:
                     self.ema[name].copy_(tensors[f"ema.{name}"])
         if self.stage_index < len(self.config.stages):
             self.learner.optimizer = self._optimizer(self.config.stages[self.stage_index])
-            self._restore_optimizer(tensors, state["groups"])
+            if not where.fresh:
+                self._restore_optimizer(tensors, state["groups"])
         self.learner.scaler.load_state_dict(state["scaler"])
         self.processes.wait()  # a run that stopped at a stage's end writes this checkpoint anew before its next step
         return True
@@ -360,6 +366,7 @@ class Engine:
                 "steps": self.total,
                 "data": CachedLatents.describe(self.config.cache),
                 "tool_version": __version__,
+                **({"resumed": self.resumed} if self.resumed else {}),
             },
         )
 

@@ -10,6 +10,7 @@ import torch
 from ..backbones import BACKBONES
 from ..errors import EDiTModelError
 from ..files import read_json
+from .variants import only_variant
 
 __all__ = ["load_teacher"]
 
@@ -33,8 +34,14 @@ def load_teacher(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         raise EDiTModelError(f"{folder} holds a {name}; EDiT works on {' and '.join(classes)}")
     try:
         model = getattr(diffusers, name).from_pretrained(
-            config.parent, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            config.parent,
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=only_variant(folder, ("transformer",)),
         )
+    except EDiTModelError:
+        raise
     except (OSError, ValueError) as error:
         raise EDiTModelError(f"{config.parent} cannot be loaded: {str(error).splitlines()[0]}") from None
     return model.to(device).eval().requires_grad_(False)

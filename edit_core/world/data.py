@@ -36,6 +36,7 @@ class SceneSource:
 
     def __init__(self, count: int, size: int, first: int = FIRST) -> None:
         self.count, self.size, self.first = count, size, first
+        self.others: dict[str, int] = {}
 
     @property
     def name(self) -> str:

@@ -39,6 +39,9 @@ class PoolEncoder:
         embeds = torch.stack(rows).float().view(-1, 4, 8)
         return {"prompt_embeds": embeds, "prompt_mask": torch.ones(len(rows), 4, dtype=torch.bool)}
 
+    def too_long(self, caption: str) -> list[str]:
+        return ["20 words"] if len(caption.split()) > 20 else []
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
