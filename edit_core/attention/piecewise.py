@@ -25,92 +25,23 @@ from torch import Tensor
 from .call import Grid
 from .linear import merge_heads, split_heads, without_autocast
 from .plans import PiecewisePlan
+from .squares import Layout, cover, cut, layout_of, whole
 
 __all__ = ["piecewise_attention"]
 
 TOGETHER = 4 << 20
 """Bytes of keys up to which several heads are worked on at a time, on a CPU: what is gathered from is to stay in the
 cache, and a single head's rows are too short to be read well."""
-CHUNK = 3 << 20
+CHUNK = 4 << 20
 """Bytes per thread of what lies between the operators, on a CPU."""
 CHUNK_ELSEWHERE = 256 << 20
 """The same on other devices, all together: a launch has a price, and memory an end."""
 SPREAD = 3.0
 """The largest variance of a part's logits that the choice believes in."""
+DENSE = 32
+"""Few samples against the keys of all units, up to so many times as many, are faster than against gathered ones."""
 CHOOSING = 4 << 20
 """Bytes of the logits that a choice is made by, at a time."""
-
-
-class _Layout(NamedTuple):
-    """Where everything of a grid is; made of its numbers alone."""
-
-    inside: tuple[Tensor | None, Tensor | None]
-    """Which places of tiles `(T, t²)` and of units `(U, u²)` hold a token; None for all."""
-    units: Tensor
-    """Each cell's units, `(M, (c/u)²)`; their number for what is over the edge."""
-    cell: Tensor
-    """Each unit's cell, `(U,)`."""
-    tile: Tensor
-    """Each unit's tile, `(U,)`."""
-    own: Tensor
-    """Each tile's cell, `(T,)`."""
-
-
-def _layout(grid: Grid, plan: PiecewisePlan, device: torch.device) -> _Layout:
-    def inside(side: int) -> Tensor | None:
-        if grid[0] % side == 0 and grid[1] % side == 0:
-            return None
-        y, x = (torch.arange(_cover(size, side) * side, device=device) < size for size in grid)
-        return _squares(y.view(-1, 1) & x, side)
-
-    def among(fine: int, coarse: int) -> Tensor:  # of each fine square, the coarse one at its corner
-        y, x = (torch.arange(_cover(size, fine), device=device) * fine // coarse for size in grid)
-        return (y.view(-1, 1) * _cover(grid[1], coarse) + x).flatten()
-
-    down, across = (_cover(size, plan.unit) for size in grid)
-    f = plan.cell // plan.unit
-    ids = torch.arange(down * across, device=device).view(down, across)
-    units = _squares(F.pad(ids, (0, -across % f, 0, -down % f), value=down * across), f)
-    unit, tile, cell = plan.unit, plan.tile, plan.cell
-    return _Layout((inside(tile), inside(unit)), units, among(unit, cell), among(unit, tile), among(tile, cell))
-
-
-def _cover(size: int, side: int) -> int:
-    return -(-size // side)
-
-
-def _squares(image: Tensor, side: int) -> Tensor:
-    """`(Y·side, X·side)` -> `(Y·X, side²)`."""
-    return _cut(image.flatten().view(1, -1, 1), (image.shape[0], image.shape[1]), side)[0, :, :, 0]
-
-
-def _cut(tokens: Tensor, grid: Grid, side: int, out: Tensor | None = None) -> Tensor:
-    """Tokens `(G, N, d)` by squares, `(G, M, side², d)`; zeros where one reaches over the edge."""
-    image: Tensor = tokens.unflatten(1, grid)  # (G, H, W, d)
-    if grid[0] % side or grid[1] % side:
-        image = F.pad(image, (0, 0, 0, -grid[1] % side, 0, -grid[0] % side))
-    groups, height, width, d = image.shape
-    squares = image.view(groups, height // side, side, width // side, side, d).transpose(2, 3)
-    if out is None:
-        return squares.reshape(groups, -1, side * side, d)
-    out.view(squares.shape).copy_(squares)
-    return out.view(groups, -1, side * side, d)
-
-
-def _whole(squares: Tensor, grid: Grid, side: int, out: Tensor | None) -> Tensor:
-    """The way back: `(G, M, side², d)` -> `(G, N, d)`."""
-    groups, _, _, d = squares.shape
-    down, across = (_cover(size, side) for size in grid)
-    image = squares.view(groups, down, across, side, side, d).transpose(2, 3)
-    if out is None:
-        image = image.reshape(groups, down * side, across * side, d)
-        return image[:, : grid[0], : grid[1]].flatten(1, 2)
-    if grid[0] % side or grid[1] % side:
-        image = image.reshape(groups, down * side, across * side, d)
-        out.unflatten(1, grid).copy_(image[:, : grid[0], : grid[1]])
-    else:
-        out.view(image.shape).copy_(image)
-    return out
 
 
 class _Space:
@@ -178,7 +109,7 @@ def _means(tokens: Tensor, weights: Tensor | None, space: _Space) -> tuple[Tenso
     return torch.cat(means), torch.cat(squares)
 
 
-def _cells(units: _Parts, layout: _Layout) -> _Parts:
+def _cells(units: _Parts, layout: Layout) -> _Parts:
     """The cells that units make."""
     count = F.pad(units.logs, (0, 1), value=-math.inf)[:, layout.units]  # (G or 1, M, f²)
     total = count.logsumexp(-1, keepdim=True)
@@ -206,7 +137,7 @@ def _samples(q: Tensor, inside: Tensor | None, side: int) -> tuple[Tensor, Tenso
     if side == 1:
         return q, None if inside is None else inside.to(q.dtype)
     t = math.isqrt(q.shape[2])
-    down = _cover(t, side)
+    down = cover(t, side)
     i = torch.arange(t, device=q.device) // side
     square = (i.view(-1, 1) * down + i).flatten()  # (t²,)
     of = (square == torch.arange(down * down, device=q.device).view(-1, 1)).to(q.dtype)  # (r, t²)
@@ -256,7 +187,7 @@ class _Choice(NamedTuple):
     """How far the units' values lie from their cells' means, squared, `(G, U)`."""
     prompt: tuple[Tensor, Tensor] | None
     """The prompt's keys `(G, d, P)` and what is added to their logits, `(G or 1, P)`."""
-    layout: _Layout
+    layout: Layout
     plan: PiecewisePlan
 
     def of(self, heads: slice) -> _Choice:
@@ -305,11 +236,17 @@ class _Choice(NamedTuple):
             )
             ids = layout.units.index_select(0, opened.flatten()).view(groups, count, -1)  # (G, t, K)
             known = ids.clamp(max=total - 1)
-            at = (known + torch.arange(groups, device=q.device).view(-1, 1, 1) * total).flatten()
-            keys = self.units.keys.flatten(0, 1).index_select(0, at).view(groups * count, -1, d)
-            bias = F.pad(self.units.logs, (0, 1), value=-math.inf).expand(groups, -1).gather(1, ids.flatten(1))
-            units = torch.baddbmm(bias.view(groups * count, 1, -1), q.flatten(0, 1), keys.transpose(1, 2))
-            mass = _mass([units.unflatten(0, (groups, count)), cells, *rest], shares)
+            if reps * total <= DENSE * ids.shape[-1]:
+                units = to(self.units.keys.transpose(1, 2), self.units.logs)  # (G, t, r, U)
+                units = units.gather(3, known.unsqueeze(2).expand(-1, -1, reps, -1))
+                units = units.masked_fill_((ids == total).unsqueeze(2), -math.inf)
+            else:
+                at = (known + torch.arange(groups, device=q.device).view(-1, 1, 1) * total).flatten()
+                keys = self.units.keys.flatten(0, 1).index_select(0, at).view(groups * count, -1, d)
+                bias = F.pad(self.units.logs, (0, 1), value=-math.inf).expand(groups, -1).gather(1, ids.flatten(1))
+                units = torch.baddbmm(bias.view(groups * count, 1, -1), q.flatten(0, 1), keys.transpose(1, 2))
+                units = units.view(groups, count, reps, -1)
+            mass = _mass([units, cells, *rest], shares)
             score = mass * _wrong(power, self.units, self.off).gather(2, known)
             score = score.masked_fill_(ids == total, -1)  # after all that there are
             tile = F.pad(layout.tile, (0, 1), value=-1).index_select(0, ids.flatten()).view(ids.shape)
@@ -422,7 +359,7 @@ def piecewise_attention(
     bias = None if mask is None else _key_bias(mask, keys)
     with without_autocast(q.device):
         q, k = q.to(v.dtype), k.to(v.dtype)
-        units, cells = (_cover(grid[0], side) * _cover(grid[1], side) for side in (plan.unit, plan.cell))
+        units, cells = (cover(grid[0], side) * cover(grid[1], side) for side in (plan.unit, plan.cell))
         if (plan.exact >= units and plan.opened >= cells) or (mask is not None and bias is None):
             return _dense(q, k, v, heads, prompt, mask)
         return _piecewise(q, k, v, heads, grid, plan, prompt, bias)
@@ -463,7 +400,7 @@ def _piecewise(
     batch, tokens, channels = q.shape
     d, space = channels // heads, _Space(q)
     wide = torch.promote_types(q.dtype, torch.float32)
-    layout = _layout(grid, plan, q.device)
+    layout = layout_of(grid, plan, q.device)
     t = plan.tile
     units, tiles = len(layout.cell), len(layout.own)
     kept = None if bias is None else bias.isfinite().any(-1)  # a picture with nothing to attend to gives zeros
@@ -475,13 +412,13 @@ def _piecewise(
         qs, *ks = (_by_heads(x, heads, pictures, some) for x in (q, k, v))  # (G, N, d)
         of_prompt = [] if prompt is None else [_by_heads(x.to(v.dtype), heads, pictures, some) for x in prompt]
         memory = _Memory.of(ks, of_prompt, bias, pictures, grid, plan, layout, space)
-        by_tiles = _cut(qs, grid, t, space("q", len(qs), tiles * t * t, d))
+        by_tiles = cut(qs, grid, t, space("q", len(qs), tiles * t * t, d))
         done = space("done", *by_tiles.shape)
         inside = layout.inside[0]  # (T, t²)
         with torch.no_grad():
             shares = None if inside is None else (inside / inside.sum(-1, keepdim=True)).to(wide).unsqueeze(-2)
             power = _means(by_tiles.detach(), shares, space)[1].div_(d)  # (G, T, d)
-        reps = _cover(t, plan.sample) ** 2
+        reps = cover(t, plan.sample) ** 2
         size = reps * min(units, plan.opened * layout.units.shape[1]) * wide.itemsize
         for group, part in _blocks(len(qs), tiles, size, space):
             with torch.no_grad():
@@ -498,7 +435,7 @@ def _piecewise(
                 to = None if done is None else done[group, part].view(-1, t * t, d)[at]
                 y = _attend(queries[at], memory.keys, memory.values, rows[at], seen[at], space, to)
         y = y.view(by_tiles.shape) if done is None else done
-        y = _whole(y, grid, t, None if out is None else _by_heads(out, heads, pictures, some))
+        y = whole(y, grid, t, None if out is None else _by_heads(out, heads, pictures, some))
     if out is None:
         out = merge_heads(y.view(batch, heads, tokens, d))
     return out if kept is None else out * kept.view(-1, 1, 1)
@@ -523,7 +460,7 @@ class _Memory(NamedTuple):
         pictures: slice,
         grid: Grid,
         plan: PiecewisePlan,
-        layout: _Layout,
+        layout: Layout,
         space: _Space,
     ) -> _Memory:
         """Keys and values `(G, N, d)`, likewise of a prompt, and a bias `(B or 1, N+P)` of some of the pictures."""
@@ -532,7 +469,7 @@ class _Memory(NamedTuple):
         of_prompt = prompt[0].shape[1] if prompt else 0
         wholes = [space(name, groups, units * size + cells + of_prompt + 1, d) for name in ("keys", "values")]
         k, v = (
-            _cut(x, grid, plan.unit, None if whole is None else whole[:, : units * size])
+            cut(x, grid, plan.unit, None if whole is None else whole[:, : units * size])
             for x, whole in zip(tokens, wholes, strict=True)
         )
         wide = torch.promote_types(k.dtype, torch.float32)
@@ -541,7 +478,7 @@ class _Memory(NamedTuple):
         if bias is not None:
             some = bias if len(bias) == 1 else bias[pictures]
             some = some.repeat_interleave(groups // len(some), 0)  # (G, N+P)
-            seen = _cut(some[:, :count].unsqueeze(-1), grid, plan.unit).squeeze(-1)  # (G, U, u²)
+            seen = cut(some[:, :count].unsqueeze(-1), grid, plan.unit).squeeze(-1)  # (G, U, u²)
             seen_prompt = some[:, count:]
         if inside is not None:
             seen = seen.masked_fill(~inside, -math.inf)

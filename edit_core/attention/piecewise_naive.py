@@ -17,8 +17,8 @@ The root of the first factor is the deviation of exp(logit) where logits are nor
 1. *Open* the `opened` cells with the largest `e_T(m) Σ_{i in T} p_i(m)`, `p_i` the softmax over
    all cells (and prompt keys).
 2. Of the units of the open cells take the `exact` with the largest `e_T(u) Σ_{i in T} p_i(u)`, `p_i` the softmax
-   over those units, the cells that stay closed (and the prompt keys). All queries of the tile are asked: their mean
-   knows too little.
+   over those units, the cells that stay closed (and the prompt keys). All queries of the tile are asked, their mean
+   knows too little; or, of larger tiles, the means of squares of `sample` x `sample` of them, each for as many.
 3. One softmax over: every token of the units taken, as it is; every cell as `q_i·k_m + log r`, with the value `v_m`,
    where `r` of its tokens were not taken (none left: no key); every prompt key as it is.
 
@@ -92,30 +92,31 @@ def exact_tokens(
     """Which tokens are exact for each tile, `(B,h,T,N)` bool; in float32 at least, lest near-equal scores swap."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype), v.to(dtype)
-    none = q.new_zeros(*q.shape[:3], 0)
-    to_prompt = none if prompt is None else q @ prompt[0].to(dtype).mT
-    tile, unit, cell = (_parts(grid, side).to(q.device, dtype) for side in (plan.tile, plan.unit, plan.cell))
+    sides = (plan.tile, plan.unit, plan.cell, plan.sample)
+    tile, unit, cell, sample = (_parts(grid, side).to(q.device, dtype) for side in sides)
     power = tile.mT @ q.square() / tile.sum(0)[:, None]  # (B,h,T,d)
+    asked, of = _mean(q, sample), (tile.mT @ sample)  # (B,h,R,d); how many of a tile's queries each stands for, (T,R)
+    to_prompt = asked[..., :0] if prompt is None else asked @ prompt[0].to(dtype).mT
     off = (v - cell @ _mean(v, cell)).square().sum(-1)  # (B,h,N)
 
     def logits(part: Tensor) -> Tensor:
-        return q @ _mean(k, part).mT + part.sum(0).log()
+        return asked @ _mean(k, part).mT + part.sum(0).log()
 
     def score(mass: Tensor, part: Tensor) -> Tensor:
         variance = _mean((k - part @ _mean(k, part)).square(), part)
         x = (power @ variance.mT).clamp(max=3.0)
         error = x.exp() * x.expm1() * (off @ part / part.sum(0))[:, :, None]
-        return tile.mT @ mass * error.sqrt()
+        return of @ mass * error.sqrt()
 
     to_cell, to_unit = logits(cell), logits(unit)
     mass = torch.cat([to_cell, to_prompt], -1).softmax(-1)[..., : to_cell.shape[-1]]
     anything = torch.ones(*q.shape[:2], tile.shape[1], cell.shape[1], dtype=torch.bool, device=q.device)
     opened = _choose(score(mass, cell), (tile.mT @ cell) > 0, anything, plan.opened)
 
-    of = tile.argmax(-1)
+    by = of.argmax(0)  # the tile of each sample
     allowed = (opened.to(dtype) @ (cell.mT @ unit)) > 0  # the units of the open cells, (B,h,T,U)
-    to_unit = to_unit.masked_fill(~allowed[:, :, of], -math.inf)
-    closed = to_cell.masked_fill(opened[:, :, of], -math.inf)
+    to_unit = to_unit.masked_fill(~allowed[:, :, by], -math.inf)
+    closed = to_cell.masked_fill(opened[:, :, by], -math.inf)
     mass = torch.cat([to_unit, closed, to_prompt], -1).softmax(-1)[..., : to_unit.shape[-1]]
     taken = _choose(score(mass, unit), (tile.mT @ unit) > 0, allowed, plan.exact)
     return (taken.to(dtype) @ unit.mT) > 0

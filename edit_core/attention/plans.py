@@ -34,12 +34,15 @@ class PiecewisePlan:
     opened: int
     """Cells whose units are candidates, the tile's own among them, so that the choice stays linear."""
     sample: int = 1
+    """Side of the squares of queries that a tile asks the mean of, where it chooses; 1 for every query by itself."""
 
     def __post_init__(self) -> None:
-        if min(self.unit, self.tile, self.cell, self.exact, self.opened) < 1:
+        if min(self.unit, self.tile, self.cell, self.exact, self.opened, self.sample) < 1:
             raise ValueError(f"every number of {self} has to be 1 or more")
         if self.tile % self.unit or self.cell % self.tile:
             raise ValueError(f"the unit has to divide the tile and the tile the cell: {self}")
+        if self.sample > 1 and self.tile % self.sample:
+            raise ValueError(f"the sample has to divide the tile: {self}")
         if self.exact < (self.tile // self.unit) ** 2:
             raise ValueError(f"exact has to be no less than the units of a tile: {self}")
 
@@ -85,7 +88,8 @@ def plan_of(grid: Grid, config: EDiTConfig) -> PiecewisePlan:
     """The plan of a grid: tiles of 2 x 2 units and cells of 4 x 4.
 
     A unit's side is the largest power of two with `4·unit² <= √N`, and 2 at least, so that a query has `√N` pooled keys
-    at most; and a fourth of the config's `cell` where that is given. One unit more than the share says is exact.
+    at most; and a fourth of the config's `cell` where that is given. One unit more than the share says is exact. A tile
+    of units of 2 asks each of its queries; of larger ones the means of its own units, which lose nothing.
     """
     quality = QUALITIES[config.quality]
     tokens, unit = grid[0] * grid[1], max(config.cell // 4, 1)
@@ -94,4 +98,5 @@ def plan_of(grid: Grid, config: EDiTConfig) -> PiecewisePlan:
         while 16 * unit**2 <= math.sqrt(tokens):
             unit *= 2
     exact = max(4, math.ceil(min(quality.share * tokens, quality.most) / unit**2)) + 1
-    return PiecewisePlan(unit, 2 * unit, 4 * unit, exact, max(8, math.ceil(exact / 8)))
+    sample = unit if unit > 2 else 1
+    return PiecewisePlan(unit, 2 * unit, 4 * unit, exact, max(8, math.ceil(exact / 8)), sample)
