@@ -7,9 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from edit_core.backbones import BACKBONES
 from edit_core.bench import Measurement, table
 from edit_core.bench.report import series, title_of
+from edit_core.world import BACKBONES
 from world.table import METHODS, TEACHER
 
 ROOT = Path(__file__).resolve().parents[1]
