@@ -29,7 +29,8 @@ class EDiTApply(io.ComfyNode):
             category=CATEGORY,
             description="Makes large pictures fast: replaces the softmax attention of PixArt or Stable Diffusion 3.5 "
             "by one whose cost does not grow with the square of the picture. Without weights that is piecewise "
-            "attention, which works on any such model at once; with EDiT weights it is the attention that they were trained for. "
+            "attention, which works on any such model at once; with EDiT weights it is the attention that they were "
+            "trained for. "
             "Works with LoRA, ControlNet and sampling nodes before or after it; bypassing it undoes it. "
             "Weights that also change the model's own layers do so as a LoRA does: throughout, whatever the range "
             "and min_tokens.",
