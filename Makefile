@@ -44,7 +44,7 @@ bench: $(READY)
 
 # Which Triton kernels win on this machine's CUDA device; remembered in the user's cache, where sampling looks them up.
 bench-kernels: $(READY)
-	$(BIN)/python -m edit_core.kernels
+	$(BIN)/python -m edit_core.bench.kernels
 
 # docs/profile.md: where the time of a step goes, ten minutes and 6 GB on two cores.
 profile: $(READY)

@@ -210,7 +210,7 @@ def test_nothing_here_needs_triton() -> None:
 
 def test_measuring_without_a_device_says_what_it_takes() -> None:
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, "-m", "edit_core.kernels"], env=hidden, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "edit_core.bench.kernels"], env=hidden, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == "kernels cannot be measured here: that takes a CUDA device and Triton\n"
 
@@ -238,7 +238,7 @@ def test_kernels_compile_for_gpus_within_their_registers(capability: str, backbo
 def test_kernels_are_right_on_this_gpu(
     backbone: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edit_core.kernels.measure import measure
+    from edit_core.bench.kernels import measure
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for part, outcome in measure(torch.device("cuda"), dtype, backbone, ((32, 32),)).items():

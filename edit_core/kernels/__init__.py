@@ -1,9 +1,9 @@
 """Triton kernels for NVIDIA devices, each used only where a measurement on this very device said that it wins.
 
 Not run on a GPU yet: they are tested in Triton's interpreter, and compiled for sm_80 and sm_90, on a CPU. Until
-:func:`edit_core.kernels.measure.measure` (`python -m edit_core.kernels`) has run on a device, everything there takes
-the eager path, and so does everything without Triton, on other kinds of devices, under autocast, where a gradient is
-wanted (the kernels are for inference) and while `torch.compile` traces: Inductor fuses the eager path by itself.
+`python -m edit_core.bench.kernels` has run on a device, everything there takes the eager path, and so does everything
+without Triton, on other kinds of devices, under autocast, where a gradient is wanted (the kernels are for inference)
+and while `torch.compile` traces: Inductor fuses the eager path by itself.
 
 The parts that have a kernel:
 

@@ -14,9 +14,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from edit_core.bench.kernels import WIDTHS
 from edit_core.kernels.conv_fusion import conv_fusion
 from edit_core.kernels.depthwise import depthwise
-from edit_core.kernels.measure import WIDTHS
 from edit_core.kernels.read import Local, read
 from edit_core.kernels.state import state
 

@@ -173,15 +173,15 @@ def attention(preset: str, changes: dict[str, Any], joint: bool) -> float:
 
 
 def measured(parts: tuple[str, ...], break_it: str = "") -> dict[str, Any]:
-    """What :func:`edit_core.kernels.measure.measure` finds at a small width, perhaps with a broken kernel."""
+    """What :func:`edit_core.bench.kernels.measure` finds at a small width, perhaps with a broken kernel."""
     from dataclasses import asdict
 
+    from edit_core.bench import kernels as bench
     from edit_core.kernels import depthwise as module
-    from edit_core.kernels import measure
 
-    measure.WIDTHS = {"pixart_sigma": (32, 2)}
-    measure.PARTS, measure._SMALL = parts, (3, 5)
-    measure._CALLS = measure._ROUNDS = measure._BATCH = 1
+    bench.WIDTHS = {"pixart_sigma": (32, 2)}
+    bench.PARTS, bench._SMALL = parts, (3, 5)
+    bench._CALLS = bench._ROUNDS = bench._BATCH = 1
 
     def fails(*_: Any) -> Tensor:
         raise RuntimeError("out of resources\nand more lines")
@@ -190,7 +190,7 @@ def measured(parts: tuple[str, ...], break_it: str = "") -> dict[str, Any]:
     wrong = {"raises": fails, "wrong": lambda *arguments: 2 * depthwise(*arguments)}
     module.depthwise = wrong.get(break_it, depthwise)
     try:
-        found = measure.measure(torch.device("cpu"), torch.float32, "pixart_sigma", ((4, 5),))
+        found = bench.measure(torch.device("cpu"), torch.float32, "pixart_sigma", ((4, 5),))
     finally:
         module.depthwise = depthwise
     return {part: asdict(outcome) for part, outcome in found.items()}

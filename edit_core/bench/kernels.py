@@ -1,8 +1,13 @@
-"""Holds each kernel against its specification and times it against the eager path, on the device at hand."""
+"""Which Triton kernels win on this machine's CUDA device: `python -m edit_core.bench.kernels` finds and remembers it.
+
+Each is held against its specification and timed against the eager path.
+"""
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -12,8 +17,9 @@ from torch import Tensor
 from ..attention import EDiTAttention, Grid, HybridAttention, Projections, SideAttention, naive
 from ..backbones import BACKBONES
 from ..config import EDiTConfig
+from ..kernels import PARTS, available, using
+from ..kernels.choice import remember
 from ..runtime import TOLERANCES, timed
-from .choice import PARTS, remember, using
 
 __all__ = ["GRIDS", "WIDTHS", "Outcome", "measure"]
 
@@ -143,3 +149,22 @@ def _speed(part: str, device: torch.device, dtype: torch.dtype, channels: int, h
 
     several(()), several((part,))
     return statistics.median(several(()) / several((part,)) for _ in range(_ROUNDS))
+
+
+def main() -> int:
+    argparse.ArgumentParser(prog="python -m edit_core.bench.kernels", description=__doc__).parse_args()
+    if not available():
+        print("kernels cannot be measured here: that takes a CUDA device and Triton", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    for backbone in {widths: name for name, widths in WIDTHS.items()}.values():
+        for dtype in (torch.bfloat16, torch.float16):
+            for part, found in measure(device, dtype, backbone).items():
+                speeds = ", ".join(f"{times:.2f}x at {tokens} tokens" for tokens, times in found.speed.items())
+                verdict = "chosen" if found.chosen else f"not chosen: {found.message}"
+                print(f"{backbone} {str(dtype).removeprefix('torch.')} {part}: {speeds or 'not timed'}; {verdict}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
