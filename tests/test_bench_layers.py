@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from support import models
 from torch import Tensor
 
-from edit_core.backbones import BACKBONES
 from edit_core import EDiTConfig, apply_edit, crossover
 from edit_core.attention import EDiTAttention
+from edit_core.backbones import BACKBONES, Backbone
 from edit_core.bench import CONTENDERS, Measurement, draw, measure, table, verify
 from edit_core.bench import contenders as contenders_module
 from edit_core.bench.contenders import SoftmaxProcessor, contender, install, processors
@@ -95,22 +95,22 @@ def test_the_readmes_preset_measures_layers_up_to_65536_tokens_and_transformers_
 ) -> None:
     asked = []
 
-    def stand_in(level: str, backbone: str, side: int, batch: int, dtype: torch.dtype, device: torch.device,
+    def stand_in(level: str, backbone: Backbone, side: int, batch: int, dtype: torch.dtype, device: torch.device,
                  repeats: int, names: list[str], optional: bool, **part: Any) -> Any:  # fmt: skip
         assert not optional
-        asked.append((level, backbone, side, batch, dtype, repeats, *part.values()))
+        asked.append((level, backbone.name, side, batch, dtype, repeats, *part.values()))
         seconds = {name: [side / 1000 * len(name)] for name in names}
-        yield dataclasses.replace(measured(side * side // 256, **seconds), backbone=backbone, level=level)
+        yield dataclasses.replace(measured(side * side // 256, **seconds), backbone=backbone.name, level=level)
 
     monkeypatch.setattr("edit_core.commands.bench.measure", stand_in)
     saved, plotted = tmp_path / "b.json", tmp_path / "b.png"
     status, out, _ = run(capsys, "--preset", "readme", "--save", saved, "--plot", plotted)
     assert status == 0
     assert asked == [
-        *(("layer", name, side, 1, torch.float32, 3) for name in models.BACKBONES for side in (1024, 2048)),
-        *(("layer", name, 4096, 1, torch.float32, 2) for name in models.BACKBONES),
-        *(("transformer", name, 1024, 1, torch.float32, 3, 2, "all") for name in models.BACKBONES),
-        *(("transformer", name, 2048, 1, torch.float32, 2, 1, "all") for name in models.BACKBONES),
+        *(("layer", name, side, 1, torch.float32, 3) for name in models.SHIPPED for side in (1024, 2048)),
+        *(("layer", name, 4096, 1, torch.float32, 2) for name in models.SHIPPED),
+        *(("transformer", name, 1024, 1, torch.float32, 3, 2, "all") for name in models.SHIPPED),
+        *(("transformer", name, 2048, 1, torch.float32, 2, 1, "all") for name in models.SHIPPED),
     ]
     assert len(json.loads(saved.read_text())) == 10
     assert plotted.read_bytes().startswith(b"\x89PNG")
@@ -136,18 +136,19 @@ def test_crossovers_are_measured_kept_and_used(
         "python -m edit_core bench --crossover does"
     ]
 
-    def stand_in(level: str, backbone: str, side: int, *args: Any, **part: Any) -> Any:
+    def stand_in(level: str, backbone: Backbone, side: int, *args: Any, **part: Any) -> Any:
         tokens = side * side // 256
         yield dataclasses.replace(
-            measured(tokens, teacher=[tokens / 1000], local=[1.0 if backbone == "pixart_sigma" else 99.0]),
-            backbone=backbone,
+            measured(tokens, teacher=[tokens / 1000], local=[1.0 if backbone.name == "pixart_sigma" else 99.0]),
+            backbone=backbone.name,
         )
 
     monkeypatch.setattr("edit_core.commands.bench.measure", stand_in)
     status, out, _ = run(capsys, "--crossover")
     assert status == 0
     kept = json.loads((tmp_path / "edit-attention" / "crossover.json").read_text())
-    assert kept == {PIXART_HERE: 1024, PIXART_HERE.replace("pixart_sigma", "sd35_medium"): 16385}
+    others = {PIXART_HERE.replace("pixart_sigma", name): 16385 for name in models.BACKBONES if name != "pixart_sigma"}
+    assert kept == {PIXART_HERE: 1024, **others}
     assert all(f"{name}: {tokens} tokens" in out for name, tokens in kept.items())
     with torch.no_grad():
         dense = [models.forward(model, 34, 40), models.forward(model, 64, 64)]
@@ -157,7 +158,7 @@ def test_crossovers_are_measured_kept_and_used(
     assert not torch.equal(found[1], dense[1])  # 1024
     assert run(capsys, "--crossover", "--backbone", "pixart_sigma", "--sizes", 1024)[0] == 0
     kept = json.loads((tmp_path / "edit-attention" / "crossover.json").read_text())
-    assert list(kept.values()) == [4096, 16385]  # the other's stays
+    assert kept == {PIXART_HERE: 4096, **others}, "the others' stay"
 
 
 def test_a_damaged_cache_of_crossovers_is_one_sentence(
@@ -213,7 +214,7 @@ def test_the_limit_and_other_kernels_compute_what_they_say() -> None:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     for backbone in models.BACKBONES:
-        subject = layer(backbone, (3, 4), 2, torch.float32, CPU, prompt=5)
+        subject = layer(BACKBONES[backbone], (3, 4), 2, torch.float32, CPU, prompt=5)
         own = [attention.processor for attention in subject.attentions]
         with torch.inference_mode():
             wanted = subject.call()
@@ -221,8 +222,9 @@ def test_the_limit_and_other_kernels_compute_what_they_say() -> None:
             for actual, expected in zip(subject.call(), wanted, strict=True):
                 torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
             install(subject.attentions, [SoftmaxProcessor(None)] * len(own))
-            attention, x = subject.attentions[-1], subject.inputs["x"]
-            torch.testing.assert_close(subject.call()[-1], attention.to_out[0](attention.to_v(x)))
+            x, rows = subject.inputs["x"], subject.call()  # the image's of a joint attention come first
+            for attention, actual in zip(subject.attentions, (rows[0], rows[-1]), strict=False):
+                torch.testing.assert_close(actual, attention.to_out[0](attention.to_v(x)))
 
 
 def test_students_are_exchanged_without_a_trace() -> None:
@@ -241,7 +243,7 @@ def test_students_are_exchanged_without_a_trace() -> None:
 
 def test_verify_holds_every_student_and_passes_others_over() -> None:
     found = verify(BACKBONES["sd35_medium"], CONTENDERS, torch.float32, CPU)
-    assert set(found) == {"paper", "sana", "linfusion", "kv_compression", "local"}
+    assert set(found) == {"paper", "sana", "linfusion", "kv_compression", "local", "piecewise"}
     assert all(0 < error < 1e-5 for error in found.values())
 
 

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from edit_core.backbones import backbone_named
 from edit_core.bench import Measurement, table
 from edit_core.bench.report import series, title_of
 from edit_core.world import BACKBONES
@@ -113,7 +114,7 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
     for backbone in BACKBONES:
         for method, name in SHOWN.items():
             if found := [row for row in rows if (row["backbone"], row["method"]) == (backbone, method)]:
-                cells = [f"{BACKBONES[backbone].title}, small", name, str(len(found))]
+                cells = [f"{backbone_named(backbone).title}, small", name, str(len(found))]
                 cells += [_mean(found, *column) for column in IN_SHORT]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -200,7 +201,7 @@ def filled_world(guide: str) -> str:
 
 
 def _about(backbone: str, run: dict[str, Any]) -> str:
-    return f"| {BACKBONES[backbone].title} | {run['blocks']} | {run['resolution']}² | {run['dtype']} | "
+    return f"| {backbone_named(backbone).title} | {run['blocks']} | {run['resolution']}² | {run['dtype']} | "
 
 
 PAGES = {

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 from .. import crossover
+from ..backbones import Backbone
 from ..bench import CONTENDERS, LEVELS, Measurement, draw, measure, table, verify
 from ..config import DEFAULT, PRESETS
 from ..errors import EDiTError
 from ..files import write_file
 from ..runtime import DTYPES, progress
+from ..world import BACKBONES as SHOWN
 from .common import Result, add_backbone_argument, add_device_argument, backbones_of, device_of
 
 _DEFAULTS: dict[str, Any] = {
@@ -116,10 +118,15 @@ def run(options: Any) -> Result:
     return Result(text, [m.to_json() for m in found])
 
 
+def _backbones(options: argparse.Namespace) -> list[Backbone]:
+    """Those asked for, which without a choice are all, or those that the README shows."""
+    return backbones_of(options, *([SHOWN] if options.preset else []))
+
+
 def _measure(options: argparse.Namespace, found: list[Measurement]) -> None:
     """Adds what the options ask for to what was found."""
     device, dtype, names = device_of(options), DTYPES[options.dtype], options.contenders or CONTENDERS
-    backbones = backbones_of(options)
+    backbones = _backbones(options)
     errors = {one.name: verify(one, names, dtype, device) if options.verify else {} for one in backbones}
     for level, backbone, batch, side in itertools.product(options.level, backbones, options.batch, options.sizes):
         part = {"blocks": options.blocks, "layers": options.layers or "all"} if level == "transformer" else {}
@@ -152,7 +159,7 @@ def _check(options: argparse.Namespace) -> None:
     """
     if options.repeats < 1 or min(options.batch) < 1:
         raise EDiTError("--repeats and --batch must be at least 1")
-    for backbone, side in itertools.product(backbones_of(options), options.sizes):
+    for backbone, side in itertools.product(_backbones(options), options.sizes):
         backbone.check_size(side, side)
     if options.crossover:
         asked = (options.level, options.contenders, options.batch)
