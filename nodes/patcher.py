@@ -92,7 +92,7 @@ class EDiTInjection(PatcherInjection):
     def __init__(self, applications: tuple[Application, ...]) -> None:
         super().__init__(self._inject, self._eject)
         self.applications = applications
-        self.log = DenseLog()
+        self.log = DenseLog(logging.INFO)
 
     def _inject(self, patcher: Any) -> None:
         self._eject(patcher)

@@ -53,13 +53,18 @@ def dense_reason(
 
 
 class DenseLog:
-    """Logs why calls were not linear, once per reason; not from compiled graphs, which cannot log."""
+    """Logs why calls were not linear, once per reason; not from compiled graphs, which cannot log.
 
-    def __init__(self) -> None:
+    Args:
+        level: what the host shows its users without calling it a complaint.
+    """
+
+    def __init__(self, level: int = logging.WARNING) -> None:
+        self._level = level
         self._said: set[str] = set()
 
     def note(self, reason: str | None) -> None:
         """Logs what :func:`dense_reason` gave, if that is a reason."""
         if reason is not None and not torch.compiler.is_compiling() and reason not in self._said:
             self._said.add(reason)
-            logger.warning("EDiT: stays dense: %s", reason)
+            logger.log(self._level, "EDiT: stays dense: %s", reason)
