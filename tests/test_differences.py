@@ -176,7 +176,9 @@ def test_gradients_are_those_of_changed_linears_and_the_teacher_stays_bit_equal(
             }
         assert grads.keys() == wanted.keys()
         for name, grad in grads.items():
-            assert models.relative_error(grad, wanted[name]) < 1e-3, name
+            # Of keys that a softmax norms among themselves a bias changes nothing, and its gradient is rounding.
+            least = 1e-6 * max(float(each.norm()) for each in wanted.values())
+            assert float((grad - wanted[name]).norm()) < max(1e-3 * float(wanted[name].norm()), least), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -341,9 +341,9 @@ def test_teacher_and_student_draw_in_turns_the_student_with_edit(
 
     distances = []
 
-    def distance(transformer: Any, handle: Any, backbone: str, batches: Any, seed: int) -> Any:
+    def distance(transformer: Any, handle: Any, backbone: Any, batches: Any, seed: int) -> Any:
         distances.append(seed)
-        return teacher_distance(transformer, handle, BACKBONES[backbone], batches, seed)
+        return teacher_distance(transformer, handle, backbone, batches, seed)
 
     monkeypatch.setattr("edit_core.commands.eval.apply_edit", apply)
     monkeypatch.setattr(Sampler, "draw", draw)
@@ -363,7 +363,7 @@ def test_attentions_are_compared_on_what_the_teacher_drew(teachers: Any, tmp_pat
     latent = Sampler(paths["model"], transformer).draw(encoded, negative, [9], 8, 8, steps=2, guidance=2.0)
     with apply_edit(transformer, EDiTWeights.load(paths["weights"])) as handle:
         expected = teacher_distance(
-            transformer, handle, "pixart_sigma", [{"latent": latent, **encoded}], seed=(1 << 32) + 9
+            transformer, handle, BACKBONES["pixart_sigma"], [{"latent": latent, **encoded}], seed=(1 << 32) + 9
         )
     assert report["scores"]["attentions"] == pytest.approx(expected.attentions, rel=1e-5)
     assert report["scores"]["prediction_error"] == pytest.approx(expected.prediction, rel=1e-5)

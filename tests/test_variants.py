@@ -165,9 +165,11 @@ def test_a_fingerprint_may_be_of_matrices(monkeypatch: pytest.MonkeyPatch) -> No
     """As of a base whose linears have no biases."""
     model, other = models.pixart(), models.pixart(seed=7)
     base = identify_module(model)
+    linears = base.backbone.linears
     monkeypatch.setattr(
-        type(base.backbone), "output_bias", lambda _, base, block: f"transformer_blocks.{block}.attn1.to_out.0.weight"
+        type(base.backbone), "linears", lambda _, *args: tuple(each._replace(bias=False) for each in linears(*args))
     )
+    assert base.sampled(1) == "transformer_blocks.1.attn1.to_out.0.weight"
     own, half = (fingerprint(base, m.state_dict().__getitem__) for m in (model, models.pixart().half()))
     assert fingerprint_distance(own, half) < 0.05
     assert fingerprint_distance(own, fingerprint(base, other.state_dict().__getitem__)) > 1

@@ -220,7 +220,7 @@ def check_interrupt_leaves_both_usable(b: str) -> Any:
 
 def check_min_tokens_auto_is_the_crossover_measured_here(b: str) -> Any:
     base, w = load(b), weights(b)
-    core = type(w).__module__.rpartition(".")[0]
+    core = type(w).__module__.removesuffix(".weights.weights")
     crossover = importlib.import_module(f"{core}.crossover")
     plain, edit = sample(base), sample(apply(base, w))
     kept, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME"), str(BASE / f"cache-{b}")

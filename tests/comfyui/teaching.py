@@ -420,7 +420,7 @@ def check_benchmark_takes_widths_from_the_layers(b: str) -> Any:
     )
     handle = layer.register_state_dict_post_hook(packed)
     try:
-        ((prompt, extra),), _ = module("benchmark").random_inputs(m, b, 288)
+        ((prompt, extra),), _ = module("benchmark").random_inputs(m, module("patcher").identify_model(m).backbone, 288)
     finally:
         handle.remove()
     assert prompt.shape[-1] == layer.in_features
