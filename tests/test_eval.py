@@ -157,6 +157,13 @@ def test_fid_is_the_distance_of_two_gaussians() -> None:
     assert fid(x, scale * x + shift) == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.parametrize(("pictures", "dim"), [(2, 64), (5, 300), (300, 20)])
+def test_fid_of_a_set_with_itself_is_not_below_zero(pictures: int, dim: int) -> None:
+    for seed in range(4):
+        x = 30 * torch.randn(pictures, dim, generator=torch.Generator().manual_seed(seed))
+        assert 0 <= fid(x, x) < 1e-2
+
+
 def test_clips_features_and_score_are_what_the_model_itself_compares(clip_folder: Path) -> None:
     clip, pictures = ClipFeatures(clip_folder, CPU), pixels(2, 48, 48, 3)
     images, texts = clip.images(pictures), clip.texts(PROMPTS)

@@ -59,7 +59,7 @@ def in_threads(*work: Callable[[], None]) -> None:
 def test_threads_with_different_sizes_get_the_numbers_of_single_calls(
     backbone: str, sizes: tuple[tuple[int, int], tuple[int, int]]
 ) -> None:
-    model = models.pixart() if backbone == "pixart_sigma" else models.sd35(blocks=2, dual=(0,))
+    model = models.pixart() if backbone.startswith("pixart") else models.sd35(blocks=2, dual=(0,))
     wrong: list[int] = []
     with apply_edit(model, models.trained_like(model)), torch.no_grad():
         alone = [models.forward(model, *size, batch=1) for size in sizes]
@@ -208,7 +208,7 @@ def pag_pipeline(backbone: str, transformer: Any) -> Callable[[], Tensor]:
     embeds = torch.randn(2, 1, 7, 64, generator=generator)
     common: dict[str, Any] = {"num_inference_steps": 2, "height": 320, "width": 272, "output_type": "latent"}
     common.update(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], pag_scale=2.0)
-    if backbone == "pixart_sigma":
+    if backbone.startswith("pixart"):
         scheduler = DPMSolverMultistepScheduler()
         pipe: Any = PixArtSigmaPAGPipeline(None, None, vae(4), transformer, scheduler, ["blocks.1"])
         mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
@@ -225,7 +225,7 @@ def pag_pipeline(backbone: str, transformer: Any) -> Callable[[], Tensor]:
     return lambda: pipe(generator=torch.Generator().manual_seed(0), **common).images
 
 
-@pytest.mark.parametrize("backbone", [name for name in models.BACKBONES if name != "pixart_alpha"])  # which has no such
+@pytest.mark.parametrize("backbone", [name for name in models.BACKBONES if name != "pixart_alpha"])  # it has none
 @torch.no_grad()
 def test_perturbed_attention_guidance_draws_with_edit_and_leaves_it_applied(backbone: str) -> None:
     model = models.make(backbone)
@@ -321,7 +321,7 @@ def test_processors_that_others_set_stay(backbone: str, way: str, caplog: pytest
         found = models.forward(model)
         assert not torch.equal(found, linear)
         assert torch.equal(found, before) == (way in ("all", "called"))
-        assert not caplog.messages, "diffusers does not warn of what it does not know"
+        assert [text[:14] for text in caplog.messages] == ["EDiT: blocks 0"], "diffusers does not warn of our argument"
     assert first.processor is theirs[next(iter(theirs))]
     assert type(first.processor) is kind
     assert torch.equal(models.forward(model), before)

@@ -278,7 +278,10 @@ class Evaluation:
                 f"FID in {_TITLES[name]} features: {fewest} pictures do not determine a covariance of {dim} features, "
                 "so it cannot be compared with a FID of other numbers of pictures"
             )
-        return features.compare(picture_metrics.fid)
+        found = features.compare(picture_metrics.fid)
+        if 0 in found.values():
+            self.notes.append(f"FID in {_TITLES[name]} features: 0 stands for what rounding left at 0 or below")
+        return found
 
 
 def cached_batches(data: CachedLatents, samples: int, batch: int) -> list[dict[str, Tensor]]:

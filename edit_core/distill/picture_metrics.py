@@ -79,7 +79,9 @@ def _kernel_mean(x: Tensor, y: Tensor) -> float:
 
 
 def fid(x: Tensor, y: Tensor) -> float:
-    """Fréchet distance (Heusel et al. 2017) of two sets of features, by torchmetrics, in float64.
+    """Fréchet distance (Heusel et al. 2017) of two sets of features, by torchmetrics, in float64; at least 0.
+
+    Of sets that are equal, rounding may leave less than 0.
 
     Args:
         x: features `(N, D)`, N at least 2.
@@ -88,7 +90,7 @@ def fid(x: Tensor, y: Tensor) -> float:
     metric = FrechetInceptionDistance(feature=_Given(x.shape[1]))
     metric.update(x.double(), real=True)
     metric.update(y.double(), real=False)
-    return float(metric.compute())
+    return max(0.0, float(metric.compute()))
 
 
 class _Given(nn.Module):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..attention import Grid, SideAttention
@@ -19,7 +21,18 @@ from ..layers import format_layers
 from ..weights import EDiTWeights, weights_for
 from ..weights.differences import PREFIX, module_tree
 from .dense import DenseLog
-from .processors import CALL, Call, JointProcessor, Processor, SelfProcessor, Site, Tap, make_processor, only_for_ours
+from .processors import (
+    CALL,
+    Call,
+    JointProcessor,
+    Processor,
+    SelfProcessor,
+    Site,
+    Tap,
+    is_fused,
+    make_processor,
+    pass_arguments,
+)
 
 __all__ = ["EDiTHandle", "apply_edit"]
 
@@ -35,13 +48,10 @@ class EDiTHandle:
     def __init__(
         self,
         transformer: nn.Module,
-        blocks: tuple[int, ...],
         sides: nn.ModuleDict,
         differences: nn.ModuleDict,
         min_tokens: int = 0,
     ) -> None:
-        self.blocks = blocks
-        """The blocks that are linear."""
         self.sides = sides
         """The side modules, `sides[str(block)][site]`: what a training would optimise."""
         self.differences = differences
@@ -53,12 +63,58 @@ class EDiTHandle:
         """Pictures of fewer image tokens keep the transformer's own attention."""
         self.log: DenseLog | None = DenseLog()
         self._replaced: list[tuple[Any, Processor, Any]] = []
+        self._said: set[str] = set()
         names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self._place, self._kwargs = next(x for x in enumerate(names) if x[1].endswith("attention_kwargs"))
         self._hooks = [transformer.register_forward_pre_hook(self._enter, with_kwargs=True)]
         for module in transformer.modules():
             if hasattr(module, "get_processor"):
-                self._hooks.append(module.register_forward_pre_hook(only_for_ours, with_kwargs=True))
+                self._hooks.append(module.register_forward_pre_hook(pass_arguments, with_kwargs=True))
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that are linear: all of their processors are still EDiT's."""
+        there = {_block(ours) for _, ours, _ in self._replaced}
+        return tuple(sorted(there - {_block(ours) for _, ours, _ in self._lost()}))
+
+    def _lost(self) -> list[tuple[Any, Processor, Any]]:
+        """Whose processor somebody else has replaced."""
+        return [each for each in self._replaced if each[0].processor is not each[1]]
+
+    def _note(self, grid: Grid) -> None:
+        """Says what nobody else would: who has replaced EDiT's processors, and how small a picture is drawn."""
+        if lost := self._lost():
+            names = sorted({type(attention.processor).__name__ for attention, _, _ in lost})
+            blocks = format_layers(_block(ours) for _, ours, _ in lost)
+            self._warn(
+                f"blocks {blocks} are not linear any more: {' and '.join(names)} took the place of EDiT's processors; "
+                "load or fuse first, and apply EDiT after it"
+            )
+        for attention, ours, original in self._replaced:
+            if not is_fused(original) or attention.processor is not ours:
+                continue
+            name = type(original).__name__
+            if isinstance(ours, JointProcessor) and attention.norm_q is not None:
+                self._warn(
+                    f"{name} leaves out this model's norms of queries and keys: without EDiT it is another model than "
+                    "with it; call unfuse_qkv_projections() before EDiT is applied"
+                )
+            if hasattr(attention.to_q, "base_layer"):
+                self._warn(
+                    f"{name} runs one fused layer, which the adapters on to_q, to_k and to_v are not in; call "
+                    "unfuse_qkv_projections() before EDiT is applied"
+                )
+        if asked := _binned():
+            height, width = asked
+            self._warn(
+                f"the pipeline draws {grid[1]}x{grid[0]} tokens and scales the picture to the {width}x{height} pixels "
+                "that were asked for; pass use_resolution_binning=False to draw that size"
+            )
+
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            logger.warning("EDiT: %s", sentence)
 
     def call(self, grid: Grid) -> Call:
         """What a call of the transformer is: also to be given, as `edit_call`, to an attention that is called alone."""
@@ -75,9 +131,12 @@ class EDiTHandle:
                 f"a latent of {height}x{width} cannot be cut into {patch}x{patch} patches; "
                 f"make both sides multiples of {patch}"
             )
+        grid = (height // patch, width // patch)
+        if not torch.compiler.is_compiling():
+            self._note(grid)
         # Among what diffusers hands from block to block to every processor.
         given = args[self._place] if self._place < len(args) else kwargs.get(self._kwargs)
-        mine = {**(given or {}), CALL: self.call((height // patch, width // patch))}
+        mine = {**(given or {}), CALL: self.call(grid)}
         if self._place < len(args):
             return (*args[: self._place], mine, *args[self._place + 1 :]), kwargs
         return args, {**kwargs, self._kwargs: mine}
@@ -111,7 +170,8 @@ class EDiTHandle:
         for attention, ours, original in self._replaced:
             if attention.processor is ours:  # nobody has replaced it since
                 _put(attention, original)
-            del attention.edit
+            if attention._modules.get("edit") is ours.site:  # nor applied EDiT again
+                del attention.edit
         self._replaced.clear()
         for hook in self._hooks:
             hook.remove()
@@ -130,6 +190,25 @@ def _put(attention: Any, processor: Any) -> None:
     """Sets a processor where there may be a module, which `set_processor` would warn of losing."""
     attention._modules.pop("processor", None)
     attention.processor = processor
+
+
+def _block(processor: Processor) -> int:
+    return int(processor.key.partition(".")[0])
+
+
+def _binned() -> tuple[int, int] | None:
+    """Height and width that a pipeline was asked for, where it draws others and scales the picture afterwards.
+
+    A transformer is not told of it, so this looks at the callers, for the names by which diffusers' pipelines keep it.
+    """
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if "orig_height" in frame.f_code.co_varnames and "use_resolution_binning" in frame.f_code.co_varnames:
+            names = frame.f_locals
+            asked = (names.get("orig_height"), names.get("orig_width"))
+            return None if None in asked or asked == (names.get("height"), names.get("width")) else asked  # type: ignore[return-value]
+    return None
 
 
 def apply_edit(
@@ -164,7 +243,7 @@ def apply_edit(
     weights = weights_for(base, weights)
     blocks = weights.choose(layers, base)
     tokens = resolve(min_tokens, base.backbone.name, transformer.dtype, transformer.device)
-    if any(isinstance(module, Site) for module in transformer.modules()):
+    if any(isinstance(getattr(module, "processor", None), Processor) for module in transformer.modules()):
         raise EDiTModelError("EDiT is applied to this transformer already; call remove() on its handle first")
     if warning := weights.warning(base, module_tensors(transformer).__getitem__):
         logger.warning("EDiT: %s", warning)
@@ -174,7 +253,7 @@ def apply_edit(
     differences = module_tree(changes)
     for module in (sides, differences):
         module.requires_grad_(False).train(transformer.training)
-    handle = EDiTHandle(transformer, blocks, sides, differences, tokens)
+    handle = EDiTHandle(transformer, sides, differences, tokens)
     for block in blocks:
         for site, side in sides[str(block)].items():  # type: ignore[operator]
             own = {x.name: changes[x.diffusers] for x in base.backbone.linears(block, site) if x.diffusers in changes}

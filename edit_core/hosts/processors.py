@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,12 +26,19 @@ __all__ = [
     "SelfProcessor",
     "Site",
     "Tap",
+    "is_fused",
     "make_processor",
-    "only_for_ours",
+    "pass_arguments",
 ]
 
 CALL = "edit_call"
 """The processors' argument of this name is the :class:`Call`."""
+THEIRS = "edit_theirs"
+"""The processors' argument of this name holds those that only the original processor knows."""
+
+_KNOWN = frozenset({"hidden_states", "encoder_hidden_states", "attention_mask", "ip_hidden_states", "temb", CALL})
+_MASKED = frozenset({"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0"})
+"""diffusers' processors that honour an attention mask as :class:`SelfProcessor` can."""
 
 
 class Tap(Protocol):
@@ -105,11 +114,12 @@ class Processor:
     site: Site
     original: Any
     host: Host
-    sees_pictures: bool
+    named: frozenset[str]
+    """The original's arguments: diffusers hands a processor what its signature names, and nothing else."""
 
     def __init__(self, key: str, site: Site, original: Any, host: Host) -> None:
-        sees_pictures = "ip_hidden_states" in inspect.signature(original.__call__).parameters
-        self.__dict__.update(key=key, site=site, original=original, host=host, sees_pictures=sees_pictures)
+        named = frozenset(inspect.signature(original.__call__).parameters)
+        self.__dict__.update(key=key, site=site, original=original, host=host, named=named)
 
     def __getattr__(self, name: str) -> Any:
         if "original" not in self.__dict__:  # a copy in the making
@@ -131,23 +141,25 @@ class Processor:
         ip_hidden_states: Tensor | None = None,
         temb: Tensor | None = None,
         edit_call: Call | None = None,
-        **kwargs: Any,
+        edit_theirs: Mapping[str, Any] | None = None,
     ) -> Any:
-        # Of all that a pipeline hands to processors, diffusers passes on what their signatures name.
-        if self.sees_pictures:
-            kwargs.update(ip_hidden_states=ip_hidden_states, temb=temb)
+        given = {"ip_hidden_states": ip_hidden_states, "temb": temb, **(edit_theirs or {})}
+        more = {name: value for name, value in given.items() if name in self.named and value is not None}
+        # A picture has a sentence of its own, and of diffusers' processors `temb` serves nothing else.
+        unknown = more.keys() - {"ip_hidden_states", *(("temb",) if _is_diffusers(self.original) else ())}
         # A call of another EDiT's may reach one that was removed, which `unfuse_qkv_projections` can put back.
         call = edit_call if edit_call is not None and edit_call.host is self.host else None
-        reason = dense_reason(
+        reason = _overridden() or dense_reason(
             call.grid if call is not None else None,
             hidden_states.shape[1],
             min_tokens=self.host.min_tokens,
             masked=attention_mask is not None and not self.keeps_masks,
-            pictured=ip_hidden_states is not None and self.sees_pictures,
+            pictured="ip_hidden_states" in more,
+            unknown=sorted(unknown),
         )
         if self.host.log is not None:
             self.host.log.note(reason)
-        dense = partial(self.original, attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        dense = partial(self.original, attn, hidden_states, encoder_hidden_states, attention_mask, **more)
         if call is None or reason is not None:
             return dense()
         if call.tap is None:
@@ -166,7 +178,9 @@ class Processor:
 
     def projections(self, attn: Any, x: Tensor) -> Projections:
         """The base's `q, k, v` of image tokens `(B, N, C)`."""
-        q, k, v = attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+        # Not as `attn.fused_projections` says, which diffusers leaves set where it goes back to the three.
+        fused = is_fused(self.original)
+        q, k, v = attn.to_qkv(x).chunk(3, -1) if fused else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
         changed = self.site.changed
         return Projections(changed("to_q", x, q), changed("to_k", x, k), changed("to_v", x, v))
 
@@ -180,7 +194,8 @@ class SelfProcessor(Processor):
 
     @property
     def keeps_masks(self) -> bool:
-        return self.site.side.form.keeps_masks
+        # One that diffusers hands to a processor that takes no notice of it must not change anything.
+        return self.site.side.form.keeps_masks and _own_name(self.original) in _MASKED
 
     def edit(self, attn: Any, x: Tensor, prompt: Any, grid: Grid, mask: Tensor | None = None) -> Tensor:
         if mask is not None:
@@ -195,7 +210,7 @@ class JointProcessor(Processor):
 
     def edit(
         self, attn: Any, x: Tensor, prompt: Tensor, grid: Grid, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         changed = self.site.changed
         q_p = changed("add_q_proj", prompt, attn.add_q_proj(prompt))  # (B, P, C)
         k_p = changed("add_k_proj", prompt, attn.add_k_proj(prompt))  # (B, P, C)
@@ -210,8 +225,8 @@ class JointProcessor(Processor):
             attn.norm_k,
             prompt_rows=not attn.context_pre_only,
         )  # (B, N, C), (B, P, C) or None
-        # The last block's caller drops the prompt rows.
-        prompt_out = None if y_prompt is None else changed("to_add_out", y_prompt, attn.to_add_out(y_prompt))
+        # The last block's caller drops the prompt rows, but caches in between want a tensor, as of diffusers' own.
+        prompt_out = prompt if y_prompt is None else changed("to_add_out", y_prompt, attn.to_add_out(y_prompt))
         return self.output(attn, y_image), prompt_out
 
 
@@ -224,7 +239,13 @@ class _StandIn(type):
 
 @functools.cache
 def _stand_in(processor: Any, original: Any) -> Any:
-    return _StandIn(f"EDiT{original.__name__}", (processor, original), {})
+    made = _StandIn(f"EDiT{original.__name__}", (processor, original), {})
+    # Where diffusers looks up by the class what to put in place of an attention that is left out.
+    registry = getattr(sys.modules.get("diffusers.hooks._helpers"), "AttentionProcessorRegistry", None)
+    if registry is not None:
+        with contextlib.suppress(ValueError):  # it does not know the original either
+            registry.register(made, registry.get(original))
+    return made
 
 
 def make_processor(kind: type[Processor], key: str, site: Site, original: Any, host: Host) -> Processor:
@@ -233,16 +254,45 @@ def make_processor(kind: type[Processor], key: str, site: Site, original: Any, h
     If that is one of diffusers' own it is of its class, too: diffusers finds what it is to scale or to unload, such as
     IP-Adapters, by the class, and replaces others by what the class gives when called.
     """
-    own = type(original).__module__.partition(".")[0] == "diffusers"
-    made: Any = _stand_in(*cast(tuple[Any, Any], (kind, type(original)))) if own else kind
+    made: Any = _stand_in(*cast(tuple[Any, Any], (kind, type(original)))) if _is_diffusers(original) else kind
     return made(key, site, original, host)
 
 
-def only_for_ours(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A forward pre-hook of an attention: other processors do not know the call, and diffusers would warn of it."""
-    if CALL not in kwargs or isinstance(attention.processor, Processor):
+def is_fused(processor: Any) -> bool:
+    """Whether it is one of diffusers' that take queries, keys and values from one fused layer."""
+    return _own_name(processor).startswith("Fused")
+
+
+def pass_arguments(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of an attention, since diffusers hands a processor only what its signature names.
+
+    Other processors do not know the call, and diffusers would warn of it. Ours does not name what the original does.
+    """
+    processor = attention.processor
+    if not isinstance(processor, Processor):
+        return (args, {name: value for name, value in kwargs.items() if name != CALL}) if CALL in kwargs else None
+    theirs = {name: kwargs[name] for name in kwargs.keys() & processor.named - _KNOWN}
+    if not theirs:
         return None
-    return args, {name: value for name, value in kwargs.items() if name != CALL}
+    return args, {**{name: value for name, value in kwargs.items() if name not in theirs}, THEIRS: theirs}
+
+
+def _is_diffusers(processor: Any) -> bool:
+    return type(processor).__module__.partition(".")[0] == "diffusers"
+
+
+def _own_name(processor: Any) -> str:
+    """The class's name of one of diffusers' processors; nothing of others."""
+    return type(processor).__name__ if _is_diffusers(processor) else ""
+
+
+def _overridden() -> str | None:
+    """Why a call stays dense whose softmax attention somebody replaces, as diffusers' layer skip does of scores."""
+    if torch.compiler.is_compiling():
+        return None
+    modes = [type(mode) for mode in torch.overrides._get_current_function_mode_stack()]
+    names = [mode.__name__ for mode in modes if mode.__module__.partition(".")[0] == "diffusers"]
+    return f"{' and '.join(names)}, which replaces softmax attention in this call" if names else None
 
 
 def _normed(tokens: Tensor, attn: Any, norm: nn.Module | None) -> Tensor:
