@@ -9,7 +9,16 @@ import pytest
 from support import models
 
 from edit_core import EDiTModelError, backbones
-from edit_core.backbones import BACKBONES, Base, BaseLinear, backbone_named, identify, identify_module, registry
+from edit_core.backbones import (
+    BACKBONES,
+    Backbone,
+    Base,
+    BaseLinear,
+    backbone_named,
+    identify,
+    identify_module,
+    registry,
+)
 
 PIXART = {
     "t_block.1.bias": (6912,),
@@ -170,6 +179,13 @@ def test_a_third_backbone_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_token_grids_in_comfyui(backbone: str, size: tuple[int, int], grid: tuple[int, int]) -> None:
     assert BACKBONES[backbone].comfy_grid(*size) == grid
+
+
+@pytest.mark.parametrize("backbone", BACKBONES.values(), ids=list(BACKBONES))
+def test_a_description_says_all_that_one_has_to_say(backbone: Backbone) -> None:
+    assert not [name for name in Backbone.__annotations__ if not hasattr(backbone, name)]
+    assert set(backbone.limits) <= set(backbone.parts)
+    assert set(backbone.comfy_harmless) & set(backbone.comfy_arguments)
 
 
 def test_every_backbone_has_its_own_name() -> None:

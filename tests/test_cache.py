@@ -22,7 +22,8 @@ from edit_core.cli import main
 from edit_core.commands import COMMANDS
 from edit_core.commands import cache as command
 from edit_core.distill import cache
-from edit_core.distill.cache import CacheReport, buckets, build_cache
+from edit_core.distill.buckets import buckets
+from edit_core.distill.cache import CacheReport, build_cache
 from edit_core.distill.dataset import CachedLatents
 from edit_core.distill.encoders import PipelineEncoder
 from edit_core.distill.sources import FolderSource

@@ -40,6 +40,9 @@ class MadeUp(Backbone):
         Condition("prompt_embeds", "encoder_hidden_states", "prompt_embeds", "cross_attention_dim", "caption"),
         Condition("prompt_mask", "encoder_attention_mask", "prompt_attention_mask"),
     )
+    limits = {"tokenizer": ("T5's 11 tokens", 11)}
+    comfy_arguments = ("x",)
+    comfy_harmless = frozenset({"x", "transformer_options"})
 
     def match(self, shapes):
         for host, bias in _BIAS.items():
@@ -98,9 +101,10 @@ for command in json.load(sys.stdin):
     assert status == 0, command
     print(json.dumps([command[0], said.getvalue()]))
 from edit_core import EDiTWeights, apply_edit
-from edit_core.backbones import backbone_named
+from edit_core.backbones import Backbone, backbone_named
 from edit_core.models import random_inputs, random_transformer
 backbone = backbone_named("made_up")
+assert not [name for name in Backbone.__annotations__ if not hasattr(backbone, name)], "all that a description says"
 model = random_transformer(backbone)
 inputs = random_inputs(model, backbone, 128, 2)
 before = model(**inputs)[0]

@@ -16,21 +16,18 @@ out what is stale: samples whose image or caption has changed or gone since they
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import secrets
 import signal
-import tarfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -38,11 +35,13 @@ from torch import Tensor
 
 from ..errors import EDiTError, shown
 from ..files import read_json, write_file
+from .buckets import View, buckets, views_of
 from .captions import counted, no_caption
 from .encoders import CELL, Encoder
+from .shards import DiskError, OpenShard, as_json, records, remove_unfinished, samples_of, take_out, writing
 from .sources import Item, Source
 
-__all__ = ["EMPTY_PROMPT", "FORMAT", "FORMAT_VERSION", "CacheReport", "Progress", "buckets", "build_cache"]
+__all__ = ["EMPTY_PROMPT", "FORMAT", "FORMAT_VERSION", "CacheReport", "Progress", "build_cache"]
 
 FORMAT = "edit-cache"
 FORMAT_VERSION = 1
@@ -124,41 +123,6 @@ class CacheReport:
         return "\n".join(lines)
 
 
-def buckets(resolution: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
-    """Sizes (height, width) in pixels whose area is near `resolution`², sides multiples of `step`.
-
-    Raises:
-        EDiTError: no such size, or a step that latents cannot have.
-    """
-    if step < 2 * CELL or step % (2 * CELL):
-        raise EDiTError(f"a bucket step of {step} pixels cannot be: it must be a multiple of {2 * CELL}")
-    if max_aspect < 1:
-        raise EDiTError(f"a largest aspect of {max_aspect} cannot be: a square's is 1")
-    sizes = set()
-    for short in range(step, resolution + 1, step):
-        long = round(resolution * resolution / short / step) * step
-        if short <= long <= short * max_aspect:
-            sizes |= {(short, long), (long, short)}
-    if not sizes:
-        raise EDiTError(f"no bucket of {resolution}² pixels has sides that are multiples of {step}")
-    return sorted(sizes)
-
-
-class View(NamedTuple):
-    """An image at one resolution."""
-
-    resolution: int
-    pixels: Tensor
-    """(3, H, W) uint8."""
-    meta: dict[str, Any]
-    """The sample's json: caption, name, original size (width, height) and crop (left, top, right, bottom)."""
-
-    @property
-    def bucket(self) -> tuple[int, int, int]:
-        """Resolution, and height and width in pixels."""
-        return self.resolution, self.pixels.shape[1], self.pixels.shape[2]
-
-
 def build_cache(
     source: Source,
     encoder: Encoder,
@@ -222,10 +186,10 @@ def build_cache(
         "bucket_step": bucket_step,
         "max_aspect": float(max_aspect),
     }
-    with _writing(output):
+    with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         _agree(output, settings)
-        _remove_unfinished(output, None if world == 1 else rank)
+        remove_unfinished(output, None if world == 1 else rank)
         (output / "ranks").mkdir(exist_ok=True)
         (output / "ranks" / _rank_file(rank, world)).unlink(missing_ok=True)
         empty = output / EMPTY_PROMPT
@@ -234,16 +198,16 @@ def build_cache(
                 prompt = encoder.encode_prompts([""])
             write_file(empty, save({name: tensor[0].contiguous() for name, tensor in prompt.items()}))
         done: _Done = {r: {} for r in resolutions}
-        for path, record in _records(output):
+        for path, record in records(output):
             known = done[int(path.parent.parent.name)]
-            for key, digest in _samples(record):
+            for key, digest in samples_of(record):
                 known.setdefault(key, set()).add(digest)
     build = _Build(encoder, output, done, batch_size, shard_size, rank, world, too_long)
     with _deferred_interrupt() as stop:
         build.run(source, sizes, progress, stop)
     report = build.report
-    with _writing(output):
-        write_file(output / "ranks" / _rank_file(rank, world), _json({**asdict(report), "stale": build.stale}))
+    with writing(output):
+        write_file(output / "ranks" / _rank_file(rank, world), as_json({**asdict(report), "stale": build.stale}))
         reports = [output / "ranks" / _rank_file(number, world) for number in range(world)]
         if not all(path.exists() for path in reports):
             return report
@@ -279,7 +243,7 @@ class _Build:
         """Keys and digests of this process's share that are cached, and that the source no longer has."""
         self.chunk: list[tuple[Item, str, list[View]]] = []
         self.waiting: dict[tuple[int, int, int], list[tuple[str, str, View, dict[str, Tensor]]]] = {}
-        self.shards: dict[tuple[int, int, int], _Shard] = {}
+        self.shards: dict[tuple[int, int, int], OpenShard] = {}
 
     def run(
         self, source: Source, sizes: dict[int, list[tuple[int, int]]], progress: Progress, stop: threading.Event
@@ -304,7 +268,7 @@ class _Build:
                 data = item.read()
                 digest = _digest(data, item.caption)
                 wanted = {r: sizes[r] for r, known in self.done.items() if digest not in known.get(item.key, ())}
-                return digest, _views(item, data, wanted) if wanted else []
+                return digest, views_of(item, data, wanted) if wanted else []
             except UnidentifiedImageError:  # its own message has only an address in memory
                 return "", "not an image that Pillow can read"
             except Exception as error:  # Pillow raises every kind there is for a damaged file
@@ -328,7 +292,7 @@ class _Build:
             for bucket in list(self.waiting):
                 self._encode_waiting(bucket)
             self._close_all()
-        except _DiskError:
+        except DiskError:
             self._abandon_all()
             raise
         except BaseException:
@@ -403,7 +367,7 @@ class _Build:
             shard = self.shards.get(bucket)
             if shard is None:
                 folder = self.output / str(resolution) / f"{height // CELL}x{width // CELL}"
-                shard = self.shards[bucket] = _Shard(self.output, folder, self.rank)
+                shard = self.shards[bucket] = OpenShard(self.output, folder, self.rank)
             tensors = {"latent": latent, **prompt}
             shard.add(key, digest, {name: t.contiguous() for name, t in tensors.items()}, view.meta)
             if len(shard.keys) >= self.shard_size:
@@ -421,79 +385,6 @@ class _Build:
             self.shards.popitem()[1].abandon()
 
 
-class _Shard:
-    """A tar being written under a temporary name."""
-
-    def __init__(self, root: Path, folder: Path, rank: int) -> None:
-        with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            numbers = [int(path.stem[-6:]) for path in folder.glob(f"shard-{rank:03d}-??????.*")]
-            self.path = folder / f"shard-{rank:03d}-{max(numbers, default=-1) + 1:06d}.tar"
-            self.part = self.path.with_suffix(".part")
-            self.file = open(self.part, "wb")  # noqa: SIM115 - closed by close() or abandon()
-        self.root, self.opened = root, time.monotonic()
-        self.digest, self.bytes, self.whole = hashlib.sha256(), 0, True
-        self.keys: list[str] = []
-        self.digests: list[str] = []
-        self.places: list[tuple[int, int]] = []
-
-    def add(self, key: str, digest: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Appends a sample: two members, as webdataset has them."""
-        self.whole = False
-        with _writing(self.part):
-            place = self.bytes
-            data = save(tensors)
-            self._member(f"{key}.safetensors", data)
-            self._member(f"{key}.json", _json(meta))
-        self.keys.append(key)
-        self.digests.append(digest)
-        self.places.append((place, len(data)))
-        self.whole = True
-
-    def _member(self, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        self._append(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
-
-    def _append(self, data: bytes) -> None:
-        self.file.write(data)
-        self.digest.update(data)
-        self.bytes += len(data)
-
-    def close(self) -> None:
-        """Makes the shard exist, unless it was cut off within a sample (by a second Ctrl-C)."""
-        if not self.whole:
-            self.abandon()
-            return
-        try:
-            with _writing(self.path):
-                self._append(bytes(2 * tarfile.BLOCKSIZE))
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.file.close()
-                os.replace(self.part, self.path)
-                record = {
-                    "file": self.path.relative_to(self.root).as_posix(),
-                    "samples": len(self.keys),
-                    "bytes": self.bytes,
-                    "sha256": self.digest.hexdigest(),
-                    "keys": self.keys,
-                    "digests": self.digests,
-                    "places": self.places,
-                }
-                write_file(self.path.with_suffix(".json"), _json(record))
-        except _DiskError:
-            self.abandon()
-            raise
-
-    def abandon(self) -> None:
-        """Removes what was written, as far as that is possible."""
-        with suppress(OSError):
-            self.file.close()  # flushes, which fails again on a full disk
-        with suppress(OSError):
-            self.part.unlink(missing_ok=True)
-
-
 def _digest(data: bytes, caption: str) -> str:
     """Of all that a sample is made of, but for the settings, which the whole cache has in common."""
     return hashlib.sha256(hashlib.sha256(data).digest() + caption.encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -502,48 +393,6 @@ def _digest(data: bytes, caption: str) -> str:
 def _share(key: str, world: int) -> int:
     """Whose a key is: by a digest, not by position, so that a source that grew gives every process its former share."""
     return int(key[-8:], 16) % world
-
-
-def _views(item: Item, data: bytes, wanted: dict[int, list[tuple[int, int]]]) -> list[View]:
-    """The image in its bucket of every resolution for which it is large enough."""
-    import numpy
-    from PIL import Image, ImageOps
-
-    views = []
-    with Image.open(io.BytesIO(data)) as opened:
-        if opened.mode.startswith(("I", "F")):
-            raise ValueError(f"its colours are {opened.mode}, not of 8 bits")
-        quarter_turn = opened.getexif().get(0x0112, 1) >= 5  # the orientation that cameras note
-        width, height = opened.size[::-1] if quarter_turn else opened.size
-        image: Image.Image | None = None
-        for resolution, sizes in wanted.items():
-            size = min(sizes, key=lambda size: (_ratio(size[0] * width, size[1] * height), size))
-            if size[0] > height or size[1] > width:
-                continue
-            if image is None:
-                image = _rgb(ImageOps.exif_transpose(opened))
-            scale = min(height / size[0], width / size[1])
-            left, top = (round((a - b * scale) / 2, 6) for a, b in ((width, size[1]), (height, size[0])))
-            crop = (left, top, width - left, height - top)
-            scaled = image.resize(size[::-1], Image.Resampling.LANCZOS, box=crop)
-            pixels = torch.from_numpy(numpy.array(scaled)).permute(2, 0, 1).contiguous()
-            meta = {"caption": item.caption, "source": item.name, "size": [width, height], "crop": crop}
-            views.append(View(resolution, pixels, meta))
-    return views
-
-
-def _ratio(a: float, b: float) -> float:
-    return max(a / b, b / a)
-
-
-def _rgb(image: Any) -> Any:
-    """As RGB, with what is transparent in white."""
-    from PIL import Image
-
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _ahead(
@@ -585,21 +434,6 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-class _DiskError(EDiTError):
-    """The cache cannot be written; closing more shards would fail too."""
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _DiskError(
-            f"{path}: cannot be written ({error.strerror or error}); finished shards are kept, so run the same "
-            "command again once that is mended"
-        ) from None
-
-
 @contextmanager
 def _memory(what: str) -> Iterator[None]:
     try:
@@ -611,15 +445,11 @@ def _memory(what: str) -> Iterator[None]:
         ) from None
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-
-
 def _agree(output: Path, settings: dict[str, Any]) -> None:
     """Notes the settings in a new cache, or checks that they are an existing one's."""
     path = output / "settings.json"
     if not path.exists():
-        write_file(path, _json(settings))
+        write_file(path, as_json(settings))
     before = read_json(path)
     if not isinstance(before, dict):
         raise EDiTError(f"{path}: is not a cache's settings")
@@ -630,68 +460,6 @@ def _agree(output: Path, settings: dict[str, Any]) -> None:
                 f"{output}: this cache was begun with {name}{what} {before.get(name)!r}, and now it is {value!r}; "
                 "choose another folder, or the same settings"
             )
-
-
-def _remove_unfinished(output: Path, rank: int | None) -> None:
-    """Removes what a dead process left: shards without a record. Of all processes where this is the only one."""
-    name = "???" if rank is None else f"{rank:03d}"
-    for pattern in (f"shard-{name}-??????.part", f".shard-{name}-??????.*.part"):
-        for path in output.glob(f"*/*/{pattern}"):
-            path.unlink(missing_ok=True)
-    for path in output.glob(f"*/*/shard-{name}-??????.tar"):
-        if not path.with_suffix(".json").exists():
-            path.unlink(missing_ok=True)
-
-
-def _records(output: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The finished shards' records. A shard that was since lost or cut off does not count: its images come again."""
-    for path in sorted(output.glob("*/*/shard-*.json")):
-        record = read_json(path)
-        shard = path.with_suffix(".tar")
-        if shard.exists() and shard.stat().st_size == record["bytes"]:
-            yield path, record
-
-
-def _samples(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """A record's keys and digests; versions before these noted none, so that what they cached is encoded anew."""
-    return list(zip(record["keys"], record.get("digests", [""] * len(record["keys"])), strict=True))
-
-
-def _take_out(path: Path, record: dict[str, Any], stale: set[tuple[str, str]]) -> None:
-    """Writes a shard anew without what is stale. If that is cut short, its record no longer fits: it counts as lost."""
-    samples = _samples(record)
-    kept = [index for index, sample in enumerate(samples) if sample not in stale]
-    if len(kept) == len(samples):
-        return
-    shard = path.with_suffix(".tar")
-    if not kept:
-        path.unlink(missing_ok=True)
-        shard.unlink(missing_ok=True)
-        return
-    ends = [*(offset for offset, _ in record["places"][1:]), record["bytes"] - 2 * tarfile.BLOCKSIZE]
-    part = shard.with_name(f".{shard.name}.{secrets.token_hex(4)}.part")
-    digest, size, places = hashlib.sha256(), 0, list[tuple[int, int]]()
-    try:
-        with open(shard, "rb") as source, open(part, "wb") as target:
-            for index in kept:
-                offset, length = record["places"][index]
-                source.seek(offset)
-                data = source.read(ends[index] - offset)
-                places.append((size, length))
-                target.write(data)
-                digest.update(data)
-                size += len(data)
-            target.write(bytes(2 * tarfile.BLOCKSIZE))
-            digest.update(bytes(2 * tarfile.BLOCKSIZE))
-            size += 2 * tarfile.BLOCKSIZE
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(part, shard)
-    finally:
-        part.unlink(missing_ok=True)
-    keys, digests = ([samples[index][i] for index in kept] for i in range(2))
-    new = {"samples": len(kept), "bytes": size, "sha256": digest.hexdigest()}
-    write_file(path, _json({**record, **new, "keys": keys, "digests": digests, "places": places}))
 
 
 def _rank_file(rank: int, world: int) -> str:
@@ -706,10 +474,10 @@ def _finish(output: Path, settings: dict[str, Any], reports: list[dict[str, Any]
         report.add(CacheReport(**part))
     if stale:
         (output / "manifest.json").unlink(missing_ok=True)  # until it is written anew, the cache is not finished
-        for path, record in _records(output):
-            _take_out(path, record, stale)
+        for path, record in records(output):
+            take_out(path, record, stale)
     shards, owners = [], dict[tuple[str, str], str]()
-    for _, record in _records(output):
+    for _, record in records(output):
         resolution = record["file"].split("/")[0]
         for key in record.pop("keys"):
             if (other := owners.setdefault((resolution, key), record["file"])) != record["file"]:
