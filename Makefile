@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 NOT_SLOW := -m 'not slow'
 
 .PHONY: demo test test-all lint types bench bench-kernels profile bench-training world screens kills faults fuzz \
-	matrix soak mutants lock clean
+	matrix soak neighbours mutants lock clean
 
 demo: $(READY)
 	$(BIN)/python -m edit_core demo
@@ -95,6 +95,10 @@ lock: $(READY)
 matrix soak: $(READY)
 	EDIT_TEST_RECORD=docs $(BIN)/python -m pytest -c tests/pytest.ini tests/test_$@_comfyui.py
 	$(BIN)/python tools/reliability_comfyui.py
+
+# docs/neighbours.md: diffusers' own hooks and helpers beside EDiT; minutes. What is not installed is said in the table.
+neighbours: $(READY)
+	$(BIN)/python tools/neighbours.py
 
 clean:
 	rm -rf $(VENV) out

@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import (
     SD3IPAdapterJointAttnProcessor2_0,
 )
 from support import models
+from support.tools import TOOLS, tool
 from torch import Tensor, nn
 
 from edit_core import EDiTConfig, apply_edit
@@ -336,3 +337,28 @@ def test_a_picture_that_the_pipeline_draws_smaller_than_asked_is_said(
         f"EDiT: the pipeline draws {tokens} tokens and scales the picture to the {width}x{height} pixels that were "
         "asked for; pass use_resolution_binning=False to draw that size"
     ]
+
+
+# --- the table ---
+
+
+def test_the_table_holds_every_neighbour_and_no_fault_of_edits() -> None:
+    neighbours = tool("neighbours")
+    page = (TOOLS.parent / "docs" / "neighbours.md").read_text(encoding="utf-8")
+    for title in neighbours.TITLES.values():
+        table = page.partition(f"## {title}\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+        assert [line.split(" | ")[0].removeprefix("| ") for line in table] == [x.name for x in neighbours.NEIGHBOURS]
+        assert not [line for line in table if "**" in line or "not run" in line]
+
+
+def test_the_tables_cells_are_what_comes_of_it() -> None:
+    neighbours = tool("neighbours")
+    off = neighbours.Neighbour("off", lambda model: model._forward_pre_hooks.clear(), 1.0)
+    chosen = [
+        x for x in neighbours.NEIGHBOURS if x.name in ("MagCache", "layer skip, attention", "fused and unfused again")
+    ]
+    cells = {name: found[:3] for name, found in neighbours.rows((*chosen, off))}
+    said = "`EDiT: stays dense: an attention was called from outside its transformer`"
+    assert cells.pop("off")[1:] == [f"the host's own attention: {said}"] * 2
+    assert len(cells) == 3
+    assert all(found == ["works"] * 3 for found in cells.values())
