@@ -193,9 +193,9 @@ class Backbone(ABC):
     """What a pipeline has beside transformer and scheduler to make latents and embeddings with."""
     conditions: ClassVar[tuple[Condition, ...]]
     """What a prompt becomes; `prompt_embeds` is the first."""
-    comfy_arguments: ClassVar[tuple[str, ...]]
+    comfy_arguments: ClassVar[tuple[str, ...]] = ("x",)
     """The positional arguments of the forward that is replaced in ComfyUI."""
-    comfy_harmless: ClassVar[frozenset[str]]
+    comfy_harmless: ClassVar[frozenset[str]] = frozenset({"x", "transformer_options"})
     """What that forward may be given without attention being another."""
 
     # what its tensors are
