@@ -34,7 +34,7 @@ class EDiTApply(io.ComfyNode):
             "Weights that also change the model's own layers do so as a LoRA does: throughout, whatever the range "
             "and min_tokens.",
             inputs=[
-                io.Model.Input("model", tooltip="A PixArt-Σ or Stable Diffusion 3.5-Medium model, from any loader."),
+                io.Model.Input("model", tooltip="A PixArt or Stable Diffusion 3 model, from any loader."),
                 Weights.Input(
                     "edit_weights",
                     optional=True,
@@ -135,7 +135,7 @@ class EDiTInit(io.ComfyNode):
             description="Makes untrained EDiT weights that start near the given model. "
             "They are where a distillation begins: by themselves they draw worse than the model.",
             inputs=[
-                io.Model.Input("model", tooltip="The teacher: a PixArt-Σ or Stable Diffusion 3.5-Medium model."),
+                io.Model.Input("model", tooltip="The teacher: a PixArt or Stable Diffusion 3 model."),
                 io.Int.Input(
                     "compression",
                     default=4,

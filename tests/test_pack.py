@@ -164,7 +164,7 @@ def test_a_renamed_node_is_replaced_where_comfyui_can(
     with Server(installed.checkout, tmp_path / "base", renamed) as running:
         (entry,) = running.get_json("/node_replacements")["EDiTOldApply"]
         assert entry["new_node_id"] == "EDiTApply"
-        assert entry["old_widget_ids"] == ["layers", "start_percent", "end_percent", "min_tokens"]
+        assert entry["old_widget_ids"] == ["layers", "start_percent", "end_percent", "min_tokens", "quality"]
         assert entry["output_mapping"] == [{"old_idx": 0, "new_idx": 0}]
         again = pictures_of(running, prompt)
     assert again.keys() == drawn.keys()
