@@ -27,7 +27,7 @@ class EDiTApply(io.ComfyNode):
             node_id="EDiTApply",
             display_name="EDiT: Apply Linear Attention",
             category=CATEGORY,
-            description="Makes large pictures fast: replaces the softmax attention of PixArt or Stable Diffusion 3.5 "
+            description="Makes large pictures fast: replaces the softmax attention of PixArt or Stable Diffusion 3 "
             "by one whose cost does not grow with the square of the picture. Without weights that is piecewise "
             "attention, which works on any such model at once; with EDiT weights it is the attention that they were "
             "trained for. "
@@ -35,7 +35,7 @@ class EDiTApply(io.ComfyNode):
             "Weights that also change the model's own layers do so as a LoRA does: throughout, whatever the range "
             "and min_tokens.",
             inputs=[
-                io.Model.Input("model", tooltip="A PixArt-Σ or Stable Diffusion 3.5-Medium model, from any loader."),
+                io.Model.Input("model", tooltip="A PixArt or Stable Diffusion 3 model, from any loader."),
                 Weights.Input(
                     "edit_weights",
                     optional=True,
@@ -136,7 +136,7 @@ class EDiTInit(io.ComfyNode):
             description="Makes untrained EDiT weights that start near the given model. "
             "They are where a distillation begins: by themselves they draw worse than the model.",
             inputs=[
-                io.Model.Input("model", tooltip="The teacher: a PixArt-Σ or Stable Diffusion 3.5-Medium model."),
+                io.Model.Input("model", tooltip="The teacher: a PixArt or Stable Diffusion 3 model."),
                 io.Int.Input(
                     "compression",
                     default=4,

@@ -38,9 +38,7 @@ class EDiTCalibrate(io.ComfyNode):
             "learns to give what the model's own gives for the same input. It does not replace a distillation. The "
             "model is left as it is.",
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The teacher: a PixArt-Σ or Stable Diffusion 3.5-Medium model without EDiT."
-                ),
+                io.Model.Input("model", tooltip="The teacher: a PixArt or Stable Diffusion 3 model without EDiT."),
                 Weights.Input("edit_weights", tooltip="Where to begin: from EDiT: Init Weights, or trained before."),
                 io.Conditioning.Input("positive", tooltip="What the teacher draws while the student learns."),
                 io.Conditioning.Input(

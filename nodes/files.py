@@ -118,7 +118,7 @@ class EDiTLoadModel(io.ComfyNode):
             node_id="EDiTLoadModel",
             display_name="EDiT: Load Model",
             category=CATEGORY,
-            description="Loads PixArt-Σ or Stable Diffusion 3.5-Medium, and EDiT weights with it if wanted.",
+            description="Loads PixArt or Stable Diffusion 3, and EDiT weights with it if wanted.",
             inputs=[
                 io.Combo.Input(
                     "model_name",

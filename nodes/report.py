@@ -37,9 +37,7 @@ class EDiTLayerReport(io.ComfyNode):
             f"blocks to make linear. The model draws one picture in {STEPS} steps without guidance, and every "
             "attention is compared on the model's own inputs.",
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The teacher: a PixArt-Σ or Stable Diffusion 3.5-Medium model without EDiT."
-                ),
+                io.Model.Input("model", tooltip="The teacher: a PixArt or Stable Diffusion 3 model without EDiT."),
                 Weights.Input("edit_weights", tooltip="The EDiT weights to measure."),
                 io.Conditioning.Input("conditioning", tooltip="What the teacher draws meanwhile."),
                 io.Latent.Input("latent", tooltip="An empty latent of the size to measure at."),

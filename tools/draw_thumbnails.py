@@ -37,13 +37,17 @@ MODELS = {
     "small_world_sd35_medium": "Small world: SD3.5-Medium",
     "pixart_sigma": "PixArt-Σ",
     "sd35_medium": "SD3.5-Medium",
+    "sd35_large": "SD3.5-Large",
+    "pixart_alpha": "PixArt-α",
 }
 KINDS = {
-    "": ("base model", "softmax attention", "#3f789e"),
-    "_edit": ("EDiT", "linear attention", "#5a9e5a"),
-    "_ab": ("A/B", "base beside EDiT, same seed", "#7d7db8"),
+    "": ("as it is", "the model without EDiT", "#3f789e"),
+    "_edit": ("EDiT", "faster at once: nothing to train or download", "#5a9e5a"),
+    "_ab": ("A/B", "the model as it is beside EDiT, same seed", "#7d7db8"),
+    "_ab_2048": ("A/B 2048²", "the model as it is beside EDiT, same seed", "#7d7db8"),
+    "_4096": ("4096²", "drawn small, enlarged, drawn over with EDiT", "#5a9e5a"),
     "_calibrate": ("calibrate", "train, report, apply and save EDiT weights", "#5a9e5a"),
-    "_benchmark": ("benchmark", "seconds per call, base against EDiT", "#b8823c"),
+    "_benchmark": ("benchmark", "seconds per call, the model as it is against EDiT", "#b8823c"),
     "_lora_controlnet_slg": ("EDiT", "with LoRA, ControlNet and SkipLayerGuidance", "#5a9e5a"),
 }
 LINKS = {

@@ -20,6 +20,8 @@ PACK_ID = "edit-attention"
 TITLE_HEIGHT, GAP = 30, 24
 BLUE, GREEN, VIOLET = "#3f789e", "#88AA88", "#8888AA"
 SEED = 20250807
+TURBO = {"steps": 8, "cfg": 1.5}
+"""What the LoRA of SD3.5 Medium's template is for."""
 
 
 @dataclass
@@ -44,6 +46,8 @@ class Group:
     color: str
     columns: list[tuple[int, list[Node]]]
     """Per column its width and its nodes, from top to bottom."""
+    under: tuple[int, ...] = ()
+    """The groups, counted from 1, that it lies below; none for right of all before it."""
 
 
 def base_of(model: Model) -> Node:
@@ -58,12 +62,29 @@ def init_of(blocks: int, model: tuple[Node, int]) -> Node:
     return Node("EDiTInit", "Init EDiT weights", inputs, (340, 150), blocks=blocks)
 
 
-def applied_of(blocks: int, model: tuple[Node, int], weights: tuple[Node, int], layers: Any = "all") -> Node:
+def applied_of(
+    blocks: int, model: tuple[Node, int], weights: tuple[Node, int] | None = None, layers: Any = "all"
+) -> Node:
+    """EDiT on a model: without weights, piecewise attention."""
+    given = {"edit_weights": weights} if weights else {}
     return Node(
         "EDiTApply", "Apply EDiT",
-        {"layers": layers, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0,
-         "model": model, "edit_weights": weights}, (340, 225), blocks=blocks,
+        {"layers": layers, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0, "quality": "balanced",
+         "model": model, **given}, (340, 250), blocks=blocks,
     )  # fmt: skip
+
+
+def weights_of(model: Model) -> list[Node]:
+    """The node that loads a model's published weights, where there are any."""
+    return [Node("EDiTLoadWeights", "Load EDiT weights", {"edit_name": model.edit_file}, (340, 80))] * bool(
+        model.edit_file
+    )
+
+
+def prompt_of(model: Model, title: str, words: str, text: Node, height: int) -> Node:
+    size = {"width": model.side, "height": model.side} if model.sized else {}
+    kind = "CLIPTextEncodePixArtAlpha" if model.sized else "CLIPTextEncode"
+    return Node(kind, title, {**size, "text": words, "clip": text[0]}, (400, height + 50 * model.sized))
 
 
 def control_of(model: Model, positive: Node, negative: Node, vae: Node) -> list[Node]:
@@ -89,10 +110,10 @@ def numbered(groups: list[Group]) -> list[Group]:
 
 
 def benchmark_of(model: Model) -> list[Group]:
-    """The model before and after EDiT, timed; what the weights hold does not matter, so untrained ones do."""
+    """The model before and after EDiT, timed."""
     base = base_of(model)
-    weights = init_of(model.blocks, base[0])
-    applied = applied_of(model.blocks, base[0], weights[0])
+    weights = weights_of(model)
+    applied = applied_of(model.blocks, base[0], weights[0][0] if weights else None)
     benchmark = Node(
         "EDiTBenchmark", "Benchmark",
         {"model_a": base[0], "model_b": applied[0], "sizes": model.timed_sizes, "repeats": 5}, (480, 440),
@@ -104,7 +125,7 @@ def benchmark_of(model: Model) -> list[Group]:
     )  # fmt: skip
     return numbered([
         Group("1 · Model", BLUE, [(340, [base])]),
-        Group("2 · Linear attention", GREEN, [(340, [weights, applied])]),
+        Group("2 · Fast attention", GREEN, [(340, [*weights, applied])], under=(1,)),
         Group("3 · Times", BLUE, [(480, [benchmark, table]), (480, [save])]),
     ])  # fmt: skip
 
@@ -113,7 +134,8 @@ def groups_of(model: Model, kind: str) -> list[Group]:
     """The workflow's nodes, in the groups and columns in which they are drawn."""
     if kind == "_benchmark":
         return benchmark_of(model)
-    edit, both, calibrate, guided = kind != "", kind == "_ab", kind == "_calibrate", kind == "_lora_controlnet_slg"
+    edit, both, calibrate, guided = kind != "", "_ab" in kind, kind == "_calibrate", kind == "_lora_controlnet_slg"
+    large = kind == "_4096"
     base = base_of(model)
     text = Node(
         model.text_loader, "Load text encoders", model.text_inputs, (340, 120),
@@ -123,9 +145,10 @@ def groups_of(model: Model, kind: str) -> list[Group]:
     if Path(model.vae_source).name == model.vae:  # a link only helps where it gives the file the name that is asked for
         vae.models = [{"name": model.vae, "url": model.vae_source, "directory": "vae"}]
     loaders = [base, text, vae]
-    positive = Node("CLIPTextEncode", "Prompt", {"text": model.prompt, "clip": text[0]}, (400, 170))
-    negative = Node("CLIPTextEncode", "Negative prompt", {"text": model.negative, "clip": text[0]}, (400, 110))
-    latent = Node(model.latent, "Size", {"width": model.side, "height": model.side, "batch_size": 1}, (400, 110))
+    positive = prompt_of(model, "Prompt", model.prompt, text, 170)
+    negative = prompt_of(model, "Negative prompt", model.negative, text, 110)
+    side = 2048 if kind.endswith("_2048") else model.side
+    latent = Node(model.latent, "Size", {"width": side, "height": side, "batch_size": 1}, (400, 110))
 
     base_trunk = base
     patches = []
@@ -159,14 +182,15 @@ def groups_of(model: Model, kind: str) -> list[Group]:
         reported = [report, layers, applied]
         variants = {"_calibrated": applied}
     elif edit:
-        weights = Node("EDiTLoadWeights", "Load EDiT weights", {"edit_name": model.edit_file}, (340, 80))
-        applied = applied_of(model.blocks, base_trunk[0], weights[0])
-        patches += [weights, applied]
+        loaded = weights_of(model)
+        applied = applied_of(model.blocks, base_trunk[0], loaded[0][0] if loaded else None)
+        patches += [*loaded, applied]
         variants = {"_base": base_trunk, "_edit": applied} if both else {"_edit": applied}
         if guided:
             lora = Node(
                 "LoraLoaderModelOnly", "Load LoRA",
                 {"lora_name": model.lora, "strength_model": 1.0, "model": base_trunk[0]}, (340, 82),
+                models=[{"name": model.lora, "url": model.lora_source, "directory": "loras"}],
             )  # fmt: skip
             applied.inputs["model"] = lora[0]
             skip = Node(
@@ -175,105 +199,122 @@ def groups_of(model: Model, kind: str) -> list[Group]:
                 {"layers": "7, 8, 9", "scale": 2.5, "start_percent": 0.01, "end_percent": 0.2, "model": applied[0]},
                 (340, 154),
             )  # fmt: skip
-            patches = [base_trunk, lora, weights, applied, skip]
+            patches = [base_trunk, lora, applied, skip]
             variants = {kind: skip}
     settings = [positive, negative, latent]
     seed: Any = SEED
-    if both:
+    if both or large:
         settings.append(Node("PrimitiveInt", "Seed of both", {"value": SEED}, (400, 82), after_generate="fixed"))
         seed = settings[-1][0]
 
+    def sampled(title: str, source: Node, start: Node, **changes: Any) -> Node:
+        return Node(
+            "KSampler", title,
+            {"seed": seed, **model.sampling, **(TURBO if guided else {}), "model": source[0], "positive": guides[0],
+             "negative": guides[1], "latent_image": start[0], **changes}, (315, 262),
+            after_generate="randomize" if seed == SEED else "fixed",
+        )  # fmt: skip
+
     groups = [
         Group("1 · Models", BLUE, [(340, loaders)]),
-        Group("2 · Prompt, size and seed" if both else "2 · Prompt and size", BLUE, [(400, settings)]),
+        Group("2 · Prompt, size and seed" if both or large else "2 · Prompt and size", BLUE, [(400, settings)]),
     ]
     if control:
         groups.append(Group("3 · ControlNet", BLUE, [(340, control[:3]), (340, control[3:])]))
+    if calibrate:
+        groups[1].under = (1,)
     if patches:
         titles = {"": "Sampling", "_calibrate": "Calibrate", "_lora_controlnet_slg": "LoRA, EDiT, guidance"}
-        title = titles.get(kind, "Linear attention")
-        groups.append(Group(f"{len(groups) + 1} · {title}", GREEN if edit else BLUE, [(340, patches)]))
+        title, color = titles.get(kind, "Fast attention"), GREEN if edit else BLUE
+        below = () if calibrate else (1,)
+        groups.append(Group(f"{len(groups) + 1} · {title}", color, [(340, patches)], below))
     if reported:
         groups.append(Group("4 · Report and apply", GREEN, [(400, reported)]))
+    if large:
+        first = sampled("Sample small", base_trunk, latent)
+        latent = Node(
+            "LatentUpscale", "Enlarge",
+            {"samples": first[0], "upscale_method": "bicubic", "width": 4096, "height": 4096, "crop": "disabled"},
+            (315, 130),
+        )  # fmt: skip
+        groups.append(Group(f"{len(groups) + 1} · Small picture, enlarged", VIOLET, [(315, [first]), (315, [latent])]))
     decoded = []
     for suffix, source in variants.items():
-        sampler = Node(
-            "KSampler", f"Sample{' base' if suffix == '_base' else ' EDiT' if suffix else ''}",
-            {"seed": seed, **model.sampling, "model": source[0], "positive": guides[0], "negative": guides[1],
-             "latent_image": latent[0]}, (315, 262), after_generate="fixed" if both else "randomize",
-        )  # fmt: skip
-        decode = Node("VAEDecode", "Decode", {"samples": sampler[0], "vae": vae[0]}, (315, 46))
+        name = " as it is" if suffix == "_base" else " EDiT" if suffix else ""
+        changes = {"denoise": 0.55} if large else {}
+        sampler = sampled("Sample large" if large else f"Sample{name}", source, latent, **changes)
+        if large:
+            decode = Node(
+                "VAEDecodeTiled", "Decode in tiles",
+                {"samples": sampler[0], "vae": vae[0], "tile_size": 1024, "overlap": 128, "temporal_size": 64,
+                 "temporal_overlap": 8}, (315, 154),
+            )  # fmt: skip
+        else:
+            decode = Node("VAEDecode", "Decode", {"samples": sampler[0], "vae": vae[0]}, (315, 46))
         decoded.append(decode)
+        saved_as = kind if large else kind.removeprefix("_ab") + suffix if both else suffix
         save = Node(
-            "SaveImage", f"Save{' base' if suffix == '_base' else ' EDiT' if suffix else ''}",
-            {"filename_prefix": f"EDiT/{model.name}{suffix}", "images": decode[0]}, (360, 390),
+            "SaveImage", f"Save{name}", {"filename_prefix": f"EDiT/{model.name}{saved_as}", "images": decode[0]},
+            (360, 390),
         )  # fmt: skip
-        arm = {"_base": ("Base model: softmax attention", VIOLET), "_edit": ("EDiT: linear attention", GREEN)}
+        arm = {"_base": ("The model as it is", VIOLET), "_edit": ("With EDiT", GREEN)}
         label, color = arm[suffix] if both else ("Picture", BLUE)
-        groups.append(Group(f"{len(groups) + 1} · {label}", color, [(315, [sampler, decode]), (360, [save])]))
+        below = (3, 4) if reported else (3,) if control else (len(groups),) if large or decoded[1:] else ()
+        groups.append(Group(f"{len(groups) + 1} · {label}", color, [(315, [sampler, decode]), (360, [save])], below))
     if both:
         compare = Node(
-            "EDiTCompare", "Compare", {"image_a": decoded[0][0], "image_b": decoded[1][0], "gain": 4.0}, (420, 480)
+            "EDiTCompare", "Compare", {"image_a": decoded[0][0], "image_b": decoded[1][0], "gain": 4.0}, (400, 480)
         )
-        groups.append(Group(f"{len(groups) + 1} · Compare", BLUE, [(420, [compare])]))
+        groups.append(Group(f"{len(groups) + 1} · Compare", BLUE, [(400, [compare])], under=(2,)))
     return numbered(groups)
 
 
 def note_of(model: Model, kind: str) -> str:
-    """Markdown for the user: the files, what EDiT does, and what is not there yet."""
+    """Markdown for the user: what the template draws, what EDiT does in it, and the files."""
 
     def line(name: str, url: str) -> str:
         original = Path(url).name
-        return (
-            f"- `{name}`"
-            + ("" if original == name else f" (download [{original}]({url}), then rename it)")
-            + (f" ([download]({url}))" if original == name else "")
-        )
+        return f"- `{name}` ([download]({url}){'' if original == name else f', then rename {original}'})"
 
-    text = [f"## {model.title}: {KINDS[kind]}", "", "### Files", ""]
-    text += ["**models/diffusion_models**", "", line(model.file, model.source), ""]
+    text = [f"## {model.title}: {KINDS[kind]}", ""]
+    if kind == "":
+        text += [
+            "The model as it is, without EDiT: the picture to compare with. The templates with `_edit` and `_ab` in "
+            "their names make it faster.", "",
+        ]  # fmt: skip
+    else:
+        text += [*(LINEAR if kind == "_calibrate" else PIECEWISE), ""]
+    if kind == "_edit":
+        text += [
+            "*quality* in *Apply EDiT* is the dial: **faithful** is nearest to the model, **fast** is fastest. To "
+            "switch EDiT off, bypass *Apply EDiT* (Ctrl+B): that gives the model's own picture.", "",
+        ]  # fmt: skip
+    elif kind in ("_ab", "_ab_2048"):
+        text += [*TWO_PICTURES, "", UNMEASURED, ""]
+    if kind == "_ab_2048":
+        text += ["This is four times the size that the model was made for: things may come twice, in both pictures "
+                 "alike. The larger the picture, the more time EDiT saves.", ""]  # fmt: skip
+    elif kind == "_4096":
+        text += LARGE
+    elif kind == "_benchmark":
+        text += [*MEASURED, ""]
+    elif kind == "_calibrate":
+        text += [*calibration_of(model), ""]
+    elif kind == "_lora_controlnet_slg":
+        text += [*GUIDED, ""]
+    text += ["### Files", "", "**models/diffusion_models**", "", line(model.file, model.source), ""]
     if kind != "_benchmark":
         text += ["**models/text_encoders**", "", *(line(n, u) for n, u in model.text_files.items()), ""]
         text += ["**models/vae**", "", line(model.vae, model.vae_source), ""]
     if kind == "_lora_controlnet_slg":
         text += [
-            "**models/loras**", "",
-            f"- `{model.lora}` stands for a LoRA of your own: put any that was made for SD3.5 Medium there, and choose "
-            "it in *Load LoRA*", "",
+            "**models/loras**", "", line(model.lora, model.lora_source), "",
             "**models/controlnet**", "", line(model.control, model.control_source), "",
         ]  # fmt: skip
-    if kind in ("_edit", "_ab", "_lora_controlnet_slg"):
-        text += ["**models/edit**", "", f"- `{model.edit_file}` (see below)", ""]
     text += [
         "*EDiT: Load Model* also finds files in models/checkpoints. After adding files, press **R**."
-        + (" The model is gated: accept its licence on its page first." if model.name == "sd35_medium" else ""), "",
-    ]  # fmt: skip
-    if kind == "":
-        text += [
-            "### And EDiT?", "",
-            "This is the base model with its own softmax attention: the picture to compare with. "
-            "The templates with `_edit` and `_ab` in their names add EDiT's linear attention.",
-        ]  # fmt: skip
-        return "\n".join(text)
-    text += ["### What EDiT does", "", WHAT[model.name], ""]
-    if kind == "_benchmark":
-        return "\n".join([*text, *MEASURED])
-    if kind == "_calibrate":
-        return "\n".join([*text, *calibration_of(model)])
-    text += [
-        "### No trained weights are published yet", "",
-        "EDiT needs weights that were distilled from this base model, and none can be downloaded today. You can",
-        "",
-        "- distil your own (the pack's README says how), or",
-        "- calibrate some with the template that has `_calibrate` in its name, then choose the file in "
-        "*Load EDiT weights*. They show that everything runs and how fast; **they draw worse than distilled ones**.",
-    ]  # fmt: skip
-    if kind == "_ab":
-        text += ["", *TWO_PICTURES]
-    elif kind == "_lora_controlnet_slg":
-        text += ["", *GUIDED]
-    else:
-        text += ["", "To switch EDiT off, bypass *Apply EDiT* (Ctrl+B): that gives the base model's own picture."]
+        + (" The model is gated: accept its licence on its page first." if model.shift else "")
+    ]
     return "\n".join(text)
 
 
@@ -282,7 +323,7 @@ def small_note_of(model: Model, kind: str) -> str:
     files = [f"- of models/diffusion_models: `{model.file}`, the teacher"]
     if kind != "_benchmark":
         files.append(f"- of models/vae: `{model.vae}`")
-    if kind == "_ab":
+    if kind != "_calibrate":
         files.append(f"- of models/edit: `{model.edit_file}`, EDiT weights that were distilled from it")
     text = [
         f"## The {model.title}: {KINDS[kind]}", "",
@@ -336,38 +377,58 @@ MEASURED = [
     "### What is measured", "",
     "Seconds for single calls of both models on one picture, without guidance, in alternation; the median of all "
     "*repeats*, with the fastest and slowest in the table. Text encoding and the VAE do not count.", "",
-    "How fast a model is does not depend on what its weights hold. So *Init EDiT weights* makes untrained ones, and "
-    "nothing has to be trained first. To time your own, connect *EDiT: Load Weights* (a file in models/edit) instead.",
-    "",
     "*sizes* are sides of square pictures in pixels, multiples of 16. Small pictures gain nothing or lose; the larger "
-    "they are, the more linear attention saves. Out of memory? Leave out the largest.",
+    "they are, the more EDiT saves. Out of memory? Leave out the largest.",
 ]  # fmt: skip
 
 TWO_PICTURES = [
     "### Reading the two pictures", "",
     "Both samplers get the same seed, prompt and settings; the attention is all that differs. "
-    "The base picture is the same as without EDiT in the graph. *Compare* shows both, and how alike they are. Both may "
-    "draw a detail well and yet differently, so low figures alone do not mean a bad picture.",
+    "The first picture is the same as without EDiT in the graph. *Compare* shows both, and how alike they are. Both "
+    "may draw a detail well and yet differently, so low figures alone do not mean a bad picture.",
+]  # fmt: skip
+
+UNMEASURED = (
+    "How good the pictures of the real model are was not measured where this pack was made, which has none: this "
+    "template is how you see it on yours."
+)
+
+LARGE = [
+    "### How it is drawn", "",
+    "1. *Sample small* draws at 1024x1024, the size that the model was made for: the composition comes from here.",
+    "2. *Enlarge* makes the latent four times as wide and high.",
+    "3. *Sample large* draws over it at 4096x4096, with EDiT: at this size the model's own attention takes nearly all "
+    "of the time. A higher *denoise* invents more, a lower one keeps more.",
+    "4. *Decode in tiles* turns it into a picture piece by piece, since all of it at once takes more memory than most "
+    "cards have. Out of memory? Lower *tile_size*.", "",
 ]  # fmt: skip
 
 GUIDED = [
     "### LoRA, ControlNet and SkipLayerGuidance", "",
     "All three are ComfyUI's own nodes, and EDiT changes nothing about them. A LoRA may be loaded before or after "
-    "*Apply EDiT*; the ControlNet adds to what the blocks give, linear or not; SkipLayerGuidance skips blocks, linear "
-    "or not. To do without one of them, bypass its node (Ctrl+B), or set its strength or scale to 0.", "",
+    "*Apply EDiT*; the ControlNet adds to what the blocks give; SkipLayerGuidance skips blocks. To do without one of "
+    "them, bypass its node (Ctrl+B), or set its strength or scale to 0.", "",
+    "The LoRA is the one that lets the model draw in 8 steps with little guidance. Without it, or with one of your "
+    "own, set *Sample EDiT* to 28 steps and a cfg of 4.5.", "",
     "*Picture to take edges from* starts with the picture that ComfyUI comes with (`input/example.png`); choose one of "
     "your own. ControlNets for SD3.5 Large do not fit SD3.5 Medium.", "",
     "To switch EDiT off, bypass *Apply EDiT*: the rest stays as it is.",
 ]  # fmt: skip
 
-WHAT = {
-    "pixart_sigma": "The softmax self-attention of PixArt-Σ compares every image token with every other, so its cost "
-    "grows with the square of the picture's area. *Apply EDiT* replaces it by linear compressed attention, whose cost "
-    "grows with the area itself: the larger the picture, the more it saves.",
-    "sd35_medium": "The softmax attention of SD3.5 compares every image token with every other, so its cost grows with "
-    "the square of the picture's area. *Apply EDiT* makes attention between image tokens linear and keeps softmax "
-    "wherever the prompt takes part (MM-EDiT): the larger the picture, the more it saves.",
-}
+PIECEWISE = [
+    "### What EDiT does", "",
+    "Large pictures take so long because the model compares every part of the picture with every other. *Apply EDiT* "
+    "lets each part look closely at what matters most to it, and at the average of everything else. **Nothing has to "
+    "be trained or downloaded for it.** What it costs grows with the picture's area, no longer with its square.",
+]  # fmt: skip
+
+LINEAR = [
+    "### What EDiT does", "",
+    "Large pictures take so long because the model compares every part of the picture with every other. EDiT's linear "
+    "attention sums the picture up instead, which is cheapest of all; but it has to be trained for the model. "
+    "No trained weights are published; this template makes some. Without any, *Apply EDiT* uses piecewise attention, "
+    "which needs none: see the templates with `_edit` and `_ab` in their names.",
+]  # fmt: skip
 
 
 def api_of(groups: list[Group]) -> dict[str, Any]:
@@ -383,16 +444,14 @@ def api_of(groups: list[Group]) -> dict[str, Any]:
 
 
 def place(groups: list[Group], left: int) -> tuple[dict[int, tuple[int, int]], list[dict[str, Any]]]:
-    """Positions of the nodes and the groups' frames: groups side by side, an A/B's two arms one below the other."""
+    """Positions of the nodes and the groups' frames: groups side by side, or one below others."""
     positions: dict[int, tuple[int, int]] = {}
     frames: list[dict[str, Any]] = []
-    x, top, arm_x = left, 0, None
     for number, group in enumerate(groups, start=1):
-        if group.color == GREEN and groups[number - 2].color == VIOLET:
-            x, top = arm_x or 0, frames[-1]["bounding"][1] + frames[-1]["bounding"][3] + GAP
-        else:
-            top = 0
-        arm_x, column_x, bottom = x, x + 12, 0
+        above = [frames[other - 1]["bounding"] for other in group.under]
+        x = above[0][0] if above else max((f["bounding"][0] + f["bounding"][2] + GAP for f in frames), default=left)
+        top = max((y + height + GAP for _, y, _, height in above), default=0)
+        column_x, bottom = x + 12, 0
         for width, column in group.columns:
             y = top + 44 + TITLE_HEIGHT
             for node in column:
@@ -405,13 +464,12 @@ def place(groups: list[Group], left: int) -> tuple[dict[int, tuple[int, int]], l
             {"id": number, "title": group.title, "bounding": [x, top, width, bottom - top], "color": group.color,
              "font_size": 24, "flags": {}}
         )  # fmt: skip
-        x += width + GAP
     return positions, frames
 
 
 def ui_of(groups: list[Group], note: str, info: dict[str, Any]) -> dict[str, Any]:
     nodes = [node for group in groups for _, column in group.columns for node in column]
-    note_width, note_height = 460, 620 if len(note) > 1500 else 340
+    note_width, note_height = 440, 620 if len(note) > 1500 else 340
     positions, frames = place(groups, 0)
     links: list[list[Any]] = []
     drawn: dict[int, dict[str, Any]] = {}
@@ -444,7 +502,7 @@ def ui_of(groups: list[Group], note: str, info: dict[str, Any]) -> dict[str, Any
             if is_widget:
                 socket["widget"] = {"name": name}
             socket["link"] = None
-            value = node.inputs[name]
+            value = node.inputs.get(name)  # optional inputs may be left open
             if isinstance(value, tuple):
                 source, output = value
                 slot = drawn[source.id]["outputs"][output]

@@ -11,7 +11,10 @@ HF = "https://huggingface.co"
 FLUX_TEXT = f"{HF}/comfyanonymous/flux_text_encoders/resolve/main"
 SD35_TEXT = f"{HF}/Comfy-Org/stable-diffusion-3.5-fp8/resolve/main/text_encoders"
 SD35_RELEASE = f"{HF}/stabilityai/stable-diffusion-3.5-medium/resolve/main"
+SD35_LARGE_RELEASE = f"{HF}/stabilityai/stable-diffusion-3.5-large/resolve/main"
 PIXART_RELEASE = f"{HF}/PixArt-alpha/PixArt-Sigma-XL-2-1024-MS/resolve/main/transformer"
+PIXART_ALPHA_RELEASE = f"{HF}/PixArt-alpha/PixArt-XL-2-1024-MS/resolve/main/transformer"
+TURBO_RELEASE = f"{HF}/tensorart/stable-diffusion-3.5-medium-turbo/resolve/main"
 CONTROLNET_RELEASE = f"{HF}/tensorart/SD3.5M-Controlnet-Canny/resolve/main"
 
 PROMPT = (
@@ -40,16 +43,20 @@ class Model:
     vae_source: str
     latent: str
     sampling: dict[str, Any]
-    edit_file: str
     blocks: int
+    edit_file: str = ""
+    """Weights of a student of it; none are published for the real models."""
+    sized: bool = False
+    """Whether its prompts also say how large the picture is."""
     shift: float | None = None
     lora: str = ""
+    lora_source: str = ""
     control: str = ""
     control_source: str = ""
     prompt: str = PROMPT
     negative: str = NEGATIVE
     side: int = 1024
-    kinds: tuple[str, ...] = ("", "_edit", "_ab", "_calibrate", "_benchmark")
+    kinds: tuple[str, ...] = ("", "_edit", "_ab", "_ab_2048", "_4096", "_calibrate", "_benchmark")
     calibration_steps: int = 200
     timed_sizes: str = "512, 1024, 2048"
 
@@ -79,21 +86,44 @@ def small_model(backbone: str, title: str, latent: str, sampler: str, scheduler:
     )
 
 
+PIXART_PARTS: dict[str, Any] = {
+    "text_loader": "CLIPLoader",
+    "text_inputs": {"clip_name": "t5xxl_fp16.safetensors", "type": "pixart", "device": "default"},
+    "text_files": {"t5xxl_fp16.safetensors": f"{FLUX_TEXT}/t5xxl_fp16.safetensors"},
+    "latent": "EmptyLatentImage",
+    # The solver, spacing, steps and guidance of the models' own pipelines.
+    "sampling": {"steps": 20, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "normal", "denoise": 1.0},
+}
+"""What both PixArts have in common."""
+
+SD35_PARTS: dict[str, Any] = {
+    "text_loader": "TripleCLIPLoader",
+    "text_inputs": {
+        "clip_name1": "clip_l.safetensors",
+        "clip_name2": "clip_g.safetensors",
+        "clip_name3": "t5xxl_fp8_e4m3fn.safetensors",
+    },
+    "text_files": {
+        name: f"{SD35_TEXT}/{name}"
+        for name in ("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
+    },
+    "vae": "sd3.5_vae.safetensors",
+    "vae_source": f"{SD35_RELEASE}/vae/diffusion_pytorch_model.safetensors",
+    "latent": "EmptySD3LatentImage",
+    "sampling": {"steps": 28, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform", "denoise": 1.0},
+    "shift": 3.0,
+}
+"""What Stable Diffusion 3.5's sizes have in common."""
+
 MODELS = [
     Model(
         name="pixart_sigma",
         title="PixArt-Σ",
         file="PixArt-Sigma-XL-2-1024-MS.safetensors",
         source=f"{PIXART_RELEASE}/diffusion_pytorch_model.safetensors",
-        text_loader="CLIPLoader",
-        text_inputs={"clip_name": "t5xxl_fp16.safetensors", "type": "pixart", "device": "default"},
-        text_files={"t5xxl_fp16.safetensors": f"{FLUX_TEXT}/t5xxl_fp16.safetensors"},
+        **PIXART_PARTS,
         vae="sdxl_vae.safetensors",
         vae_source=f"{HF}/stabilityai/sdxl-vae/resolve/main/sdxl_vae.safetensors",
-        latent="EmptyLatentImage",
-        # The solver, spacing, steps and guidance of the model's own pipeline.
-        sampling={"steps": 20, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "normal", "denoise": 1.0},
-        edit_file="pixart_sigma_edit.safetensors",
         blocks=28,
     ),
     Model(
@@ -101,27 +131,34 @@ MODELS = [
         title="Stable Diffusion 3.5 Medium",
         file="sd3.5_medium.safetensors",
         source=f"{SD35_RELEASE}/sd3.5_medium.safetensors",
-        text_loader="TripleCLIPLoader",
-        text_inputs={
-            "clip_name1": "clip_l.safetensors",
-            "clip_name2": "clip_g.safetensors",
-            "clip_name3": "t5xxl_fp8_e4m3fn.safetensors",
-        },
-        text_files={
-            name: f"{SD35_TEXT}/{name}"
-            for name in ("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
-        },
-        vae="sd3.5_vae.safetensors",
-        vae_source=f"{SD35_RELEASE}/vae/diffusion_pytorch_model.safetensors",
-        latent="EmptySD3LatentImage",
-        sampling={"steps": 28, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform", "denoise": 1.0},
-        edit_file="sd35_medium_edit.safetensors",
+        **SD35_PARTS,
         blocks=24,
-        shift=3.0,
-        lora="sd35_medium_lora.safetensors",
+        lora="lora_sd3.5m_turbo_8steps.safetensors",
+        lora_source=f"{TURBO_RELEASE}/lora_sd3.5m_turbo_8steps.safetensors",
         control="sd35_medium_controlnet_canny.safetensors",
         control_source=f"{CONTROLNET_RELEASE}/diffusion_pytorch_model.safetensors",
-        kinds=("", "_edit", "_ab", "_calibrate", "_benchmark", "_lora_controlnet_slg"),
+        kinds=("", "_edit", "_ab", "_ab_2048", "_4096", "_calibrate", "_benchmark", "_lora_controlnet_slg"),
+    ),
+    Model(
+        name="sd35_large",
+        title="Stable Diffusion 3.5 Large",
+        file="sd3.5_large.safetensors",
+        source=f"{SD35_LARGE_RELEASE}/sd3.5_large.safetensors",
+        **SD35_PARTS,
+        blocks=38,
+        kinds=("_edit", "_ab", "_ab_2048"),  # its positions end at 3072 pixels
+    ),
+    Model(
+        name="pixart_alpha",
+        title="PixArt-α",
+        file="PixArt-XL-2-1024-MS.safetensors",
+        source=f"{PIXART_ALPHA_RELEASE}/diffusion_pytorch_model.safetensors",
+        **PIXART_PARTS,
+        vae="vae-ft-ema-560000-ema-pruned.safetensors",
+        vae_source=f"{HF}/stabilityai/sd-vae-ft-ema-original/resolve/main/vae-ft-ema-560000-ema-pruned.safetensors",
+        blocks=28,
+        sized=True,
+        kinds=("_edit", "_ab", "_ab_2048", "_4096"),
     ),
     small_model("pixart_sigma", "PixArt-Σ", "EmptyLatentImage", "dpmpp_2m", "sgm_uniform"),
     small_model("sd35_medium", "Stable Diffusion 3.5-Medium", "EmptySD3LatentImage", "euler", "normal"),
@@ -129,9 +166,11 @@ MODELS = [
 
 KINDS = {
     "": "plain",
-    "_edit": "EDiT",
-    "_ab": "A/B: base beside EDiT",
-    "_calibrate": "calibrate, report, apply, save",
-    "_benchmark": "benchmark",
-    "_lora_controlnet_slg": "EDiT with LoRA, ControlNet and SkipLayerGuidance",
+    "_edit": "fast, without training",
+    "_ab": "as it is, and fast",
+    "_ab_2048": "as it is, and fast, at 2048x2048",
+    "_4096": "a picture of 4096x4096",
+    "_calibrate": "train, look, draw, save",
+    "_benchmark": "how much faster",
+    "_lora_controlnet_slg": "fast, with LoRA, ControlNet and SkipLayerGuidance",
 }

@@ -33,6 +33,7 @@ from host import (  # first, since it readies ComfyUI to be imported
 )
 import inside_differences
 import inside_hostile
+import inside_piecewise
 import torch
 
 import comfy.lora
@@ -62,7 +63,7 @@ def check_edit_changes_the_output_and_leaves_the_base_bit_equal(b: str) -> Any:
 def check_output_equals_diffusers(b: str) -> Any:
     """Runs the model on latents of both shapes; the outer test compares what went in and out with diffusers."""
     base = load(b, "fp32")
-    for name, model in (("base", base), ("edit", apply(base, weights(b)))):
+    for name, model in (("base", base), ("edit", apply(base, weights(b))), ("piecewise", apply(base))):
         for height, width in ((34, 40), (40, 34)):
             record(model, f"{b}-{name}", height, width)
     return None
@@ -478,4 +479,4 @@ def check_checkpoint_keys_are_unchanged(b: str) -> Any:
     return None
 
 
-main({**globals(), **vars(inside_differences), **vars(inside_hostile)})
+main({**globals(), **vars(inside_differences), **vars(inside_hostile), **vars(inside_piecewise)})

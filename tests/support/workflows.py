@@ -23,11 +23,15 @@ from . import comfy, models
 from .server import Run, Server
 
 WORKFLOWS = comfy.PACK / "workflows"
-KINDS = ("", "_edit", "_ab", "_calibrate", "_benchmark")
+KINDS = ("_edit", "_ab", "_ab_2048", "_4096", "", "_calibrate", "_benchmark")
 NAMES = [backbone + kind for backbone in models.SHIPPED for kind in KINDS]
-NAMES += [f"small_world_{backbone}{kind}" for backbone in models.SHIPPED for kind in KINDS[2:]]
+NAMES += [f"small_world_{backbone}{kind}" for backbone in models.SHIPPED for kind in ("_ab", *KINDS[5:])]
+NAMES += ["pixart_alpha" + kind for kind in KINDS[:4]] + ["sd35_large" + kind for kind in KINDS[:3]]
 GUIDED = "sd35_medium_lora_controlnet_slg"
 NAMES.append(GUIDED)
+BACKBONES = {"pixart_sigma": "pixart_sigma", "sd35_medium": "sd35_medium", "pixart_alpha": "pixart_alpha",
+             "sd35_large": "sd3"}  # fmt: skip
+"""Of each real model that there are templates of, by the templates' name."""
 WIDTH, HEIGHT = 320, 256  # PixArt in ComfyUI needs a mean side of more than 256
 TEXT_LOADERS = ("CLIPLoader", "TripleCLIPLoader")
 
@@ -91,9 +95,8 @@ def write_stand_ins(base: Path) -> Path:
     for name in ("vae", "text_encoders", "loras", "controlnet"):
         (folder / name).mkdir()
     save_file(random_clip_l(), folder / "text_encoders" / "random_clip_l.safetensors")
-    for backbone in models.SHIPPED:
-        bases, edits = folder / "diffusion_models", folder / "edit"
-        name_files(folder, backbone, bases / f"{backbone}.safetensors", edits / f"{backbone}.safetensors")
+    for name, backbone in BACKBONES.items():
+        name_files(folder, name, folder / "diffusion_models" / f"{backbone}.safetensors")
     for node in read_api(GUIDED).values():
         if node["class_type"] == "LoraLoaderModelOnly":
             save_file(random_lora(comfy.base_model("sd35_medium")), folder / "loras" / node["inputs"]["lora_name"])
@@ -127,17 +130,14 @@ def random_lora(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def name_files(folder: Path, backbone: str, model: Path, weights: Path) -> None:
-    """Gives a model, EDiT weights, a random VAE and empty text encoders the names that a workflow asks for."""
-    for node in read_api(f"{backbone}_edit").values():
+def name_files(folder: Path, name: str, model: Path) -> None:
+    """Gives a model, a random VAE and empty text encoders the names that a workflow asks for."""
+    for node in read_api(f"{name}_edit").values():
         inputs = node["inputs"]
         if node["class_type"] == "EDiTLoadModel":
             os.link(model, folder / inputs["model_name"])
-        elif node["class_type"] == "EDiTLoadWeights":
-            os.link(weights, folder / "edit" / inputs["edit_name"])
         elif node["class_type"] == "VAELoader":
-            channels = {"pixart_sigma": 4, "sd35_medium": 16}[backbone]
-            save_file(random_vae(channels), folder / "vae" / inputs["vae_name"])
+            save_file(random_vae(4 if name.startswith("pixart") else 16), folder / "vae" / inputs["vae_name"])
         elif node["class_type"] in TEXT_LOADERS:
             # Empty ones, since each run puts the random one in their place.
             for key in inputs.keys() & {"clip_name", "clip_name1", "clip_name2", "clip_name3"}:
@@ -171,7 +171,7 @@ def small(prompt: Prompt, seed: int) -> Prompt:
             inputs |= {"sizes": "288", "repeats": 1}
         elif node["class_type"] == "SkipLayerGuidanceSD3":  # a block that there is, in both of the steps
             inputs |= {"layers": "1", "start_percent": 0.0, "end_percent": 1.0}
-        elif node["class_type"].startswith("Empty"):
+        elif node["class_type"].startswith("Empty") or node["class_type"] == "LatentUpscale":
             inputs |= {"width": WIDTH, "height": HEIGHT}
     return prompt
 
