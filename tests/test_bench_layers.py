@@ -241,13 +241,15 @@ def test_students_are_exchanged_without_a_trace() -> None:
 
 def test_verify_holds_every_student_and_passes_others_over() -> None:
     found = verify(BACKBONES["sd35_medium"], CONTENDERS, torch.float32, CPU)
-    assert set(found) == {"paper", "sana", "linfusion", "kv_compression", "local"}
+    assert set(found) == {"paper", "sana", "linfusion", "kv_compression", "local", "piecewise"}
     assert all(0 < error < 1e-5 for error in found.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_verify_allows_for_rounding_in_half_precision(dtype: torch.dtype) -> None:
     assert verify(BACKBONES["pixart_sigma"], ["sana"], dtype, CPU)["sana"] > 1e-5
+    found = verify(BACKBONES["sd35_medium"], ["piecewise", "piecewise:quality=fast"], dtype, CPU)
+    assert all(error > 1e-5 for error in found.values()), "which tokens are exact must not be another's choice"
 
 
 def test_a_wrong_student_ends_the_bench_with_one(
