@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from support import models
 from torch import Tensor
 
-from edit_core.backbones import BACKBONES
+from edit_core.backbones import BACKBONES, Backbone
 from edit_core import EDiTConfig, apply_edit, crossover
 from edit_core.attention import EDiTAttention
 from edit_core.bench import CONTENDERS, Measurement, draw, measure, table, verify
@@ -95,27 +95,27 @@ def test_the_readmes_preset_measures_layers_up_to_65536_tokens_and_transformers_
 ) -> None:
     asked = []
 
-    def stand_in(level: str, backbone: str, side: int, batch: int, dtype: torch.dtype, device: torch.device,
+    def stand_in(level: str, backbone: Backbone, side: int, batch: int, dtype: torch.dtype, device: torch.device,
                  repeats: int, names: list[str], optional: bool, **part: Any) -> Any:  # fmt: skip
         assert not optional
-        asked.append((level, backbone, side, batch, dtype, repeats, *part.values()))
+        asked.append((level, backbone.name, side, batch, dtype, repeats, *part.values()))
         seconds = {name: [side / 1000 * len(name)] for name in names}
-        yield dataclasses.replace(measured(side * side // 256, **seconds), backbone=backbone, level=level)
+        yield dataclasses.replace(measured(side * side // 256, **seconds), backbone=backbone.name, level=level)
 
     monkeypatch.setattr("edit_core.commands.bench.measure", stand_in)
     saved, plotted = tmp_path / "b.json", tmp_path / "b.png"
     status, out, _ = run(capsys, "--preset", "readme", "--save", saved, "--plot", plotted)
     assert status == 0
     assert asked == [
-        *(("layer", name, side, 1, torch.float32, 3) for name in models.BACKBONES for side in (1024, 2048)),
-        *(("layer", name, 4096, 1, torch.float32, 2) for name in models.BACKBONES),
-        *(("transformer", name, 1024, 1, torch.float32, 3, 2, "all") for name in models.BACKBONES),
-        *(("transformer", name, 2048, 1, torch.float32, 2, 1, "all") for name in models.BACKBONES),
+        *(("layer", name, side, 1, torch.float32, 3) for name in BACKBONES for side in (1024, 2048)),
+        *(("layer", name, 4096, 1, torch.float32, 2) for name in BACKBONES),
+        *(("transformer", name, 1024, 1, torch.float32, 3, 2, "all") for name in BACKBONES),
+        *(("transformer", name, 2048, 1, torch.float32, 2, 1, "all") for name in BACKBONES),
     ]
-    assert len(json.loads(saved.read_text())) == 10
+    assert len(json.loads(saved.read_text())) == 5 * len(BACKBONES)
     assert plotted.read_bytes().startswith(b"\x89PNG")
-    for title, sizes in (("teacher", 8), ("EDiT", 10), ("EDiT, local", 10), ("LinFusion", 4), ("the limit", 10)):
-        assert out.count(f"| {title} |") == sizes
+    for title, sizes in (("teacher", 4), ("EDiT, local", 5), ("piecewise", 5), ("LinFusion", 2), ("the limit", 5)):
+        assert out.count(f"| {title} |") == sizes * len(BACKBONES)
     asked.clear()
     assert run(capsys, "--preset", "readme", "--blocks", 28)[0] == 0
     assert asked[-1][-2:] == (28, "all")
@@ -136,7 +136,7 @@ def test_crossovers_are_measured_kept_and_used(
         "python -m edit_core bench --crossover does"
     ]
 
-    def stand_in(level: str, backbone: str, side: int, *args: Any, **part: Any) -> Any:
+    def stand_in(level: str, backbone: Backbone, side: int, *args: Any, **part: Any) -> Any:
         tokens = side * side // 256
         yield dataclasses.replace(
             measured(tokens, teacher=[tokens / 1000], local=[1.0 if backbone == "pixart_sigma" else 99.0]),
