@@ -103,6 +103,7 @@ def test_mistakes_are_one_line_with_status_two(base: Path, tmp_path: Path, capsy
         (("init", base / "pixart.safetensors", other, "--layers", "none"), "no weights to make"),
         (("init", base / "pixart.safetensors", other, "--compression", "7"), "does not divide"),
         (("init", base / "pixart.safetensors", weights), "exists already"),
+        (("init", base / "pixart.safetensors", other, "--preset", "piecewise"), "kernel=piecewise needs no weights"),
         (("init", base / "pixart.safetensors", tmp_path / "no" / "w.safetensors"), "is not a folder"),
         (("info", weights, "--base", base / "sd35.safetensors"), "but the model is"),
         (("info", cut), "not a complete safetensors file"),
@@ -207,9 +208,10 @@ def test_demo_draws_with_teacher_and_student_and_restores(tmp_path: Path, capsys
     assert status == 0
     for row in json.loads(out):
         assert row["restored"] is True
-        assert row["large"]["student"] > 0
-        assert 0 <= row["right"]["student"] <= 1
-        assert Image.open(row["sheet"]).size == (260, 392)
+        for who in ("teacher", "student", "piecewise"):
+            assert min(row[name][who] for name in ("picture", "call", "large")) > 0
+            assert 0 <= row["right"][who] <= 1
+        assert Image.open(row["sheet"]).size == (260, 524)
 
 
 def test_ctrl_c_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

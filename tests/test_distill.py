@@ -36,13 +36,13 @@ TRANSFER: dict[str, Any] = {"kind": "transfer", "lr": 3e-3}
 DISTILL: dict[str, Any] = {"kind": "distill", "lr": 1e-3, "accumulation": 2}
 
 
-def distance(paths: dict[str, Path], weights: EDiTWeights) -> Distance:
+def distance(paths: dict[str, Path], student: EDiTWeights | EDiTConfig) -> Distance:
     """From the teacher, on noise that no training saw."""
     data = CachedLatents(paths["cache"], training.RESOLUTION)
     transformer = load_teacher(paths["model"], torch.float32, torch.device("cpu"))
-    with apply_edit(transformer, weights) as handle:
+    with apply_edit(transformer, student) as handle:
         return teacher_distance(
-            transformer, handle, BACKBONES[weights.backbone], [data.collate(list(range(8)))], seed=10**6
+            transformer, handle, BACKBONES[data.backbone], [data.collate(list(range(8)))], seed=10**6
         )
 
 
@@ -74,6 +74,25 @@ def test_transfer_lowers_each_attentions_error_fivefold_and_distill_the_whole_mo
     assert after.prediction < between.prediction
     assert distilled.training["steps"] == few["steps"] + 80
     assert str(paths["model"]) not in json.dumps(distilled.training), "a path was published"
+
+
+@pytest.mark.parametrize(("trainable", "fields"), [("full", {}), ("low_rank", {}), ("full", {"query": "separable"})])
+@pytest.mark.parametrize("backbone", models.SD35_FIRST)
+def test_a_student_may_start_where_piecewise_attention_stands_without_weights(
+    backbone: str, trainable: Any, fields: dict[str, str], prepared: Any, tmp_path: Path
+) -> None:
+    paths, student = prepared(backbone), {"preset": "piecewise", "quality": "fast", **fields}
+    teacher = load_teacher(paths["model"], torch.float32, torch.device("cpu"))
+    initial = EDiTWeights.init(teacher, EDiTConfig.preset("piecewise", quality="fast", **fields), trainable=trainable)
+    untrained = distance(paths, EDiTConfig.preset("piecewise", quality="fast"))
+    before = distance(paths, initial)
+    assert before.prediction == pytest.approx(untrained.prediction, rel=1e-4)
+    assert before.attentions == pytest.approx(untrained.attentions, rel=1e-4)
+    stages = ({**TRANSFER, "steps": 5}, {**DISTILL, "steps": 15, "accumulation": 1, "task": 0.0})
+    config = training.config(paths, tmp_path, *stages, student=student, trainable=trainable, ema=0.0)
+    trained = EDiTWeights.load(Engine(config).run())
+    assert trained.config.kernel == "piecewise"
+    assert distance(paths, trained).prediction < untrained.prediction
 
 
 def equal(a: Path, b: Path) -> bool:

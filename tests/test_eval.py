@@ -26,7 +26,7 @@ from edit_core.distill.cache import build_cache
 from edit_core.distill.dataset import CachedLatents
 from edit_core.distill.distance import teacher_distance
 from edit_core.distill.encoders import PipelineEncoder
-from edit_core.distill.eval_page import chart
+from edit_core.distill.eval_page import chart, table
 from edit_core.distill.evaluate import cached_batches
 from edit_core.distill.losses import dense_tap
 from edit_core.distill.picture_features import ClipFeatures
@@ -302,6 +302,24 @@ def test_the_files_hold_what_was_measured_and_no_path_of_this_machine(
     assert report["weights"]["sha256"] in data and report["weights"]["sha256"][:16] in page
 
 
+@pytest.mark.parametrize("backbone", models.SD35_FIRST)
+def test_attention_that_needs_no_weights_is_compared_like_a_student(
+    backbone: str, teachers: Any, tmp_path: Path, capsys: Any
+) -> None:
+    paths = {name: path for name, path in teachers(backbone).items() if name != "weights"}
+    found = {}
+    for quality, asked in (("balanced", []), ("fast", ["--quality", "fast"])):
+        words = arguments(paths, tmp_path / quality, "--preset", "piecewise", "--size", "256", *asked)
+        report = found[quality] = run(capsys, words)
+        weights = report["weights"]
+        assert (weights["sha256"], weights["preset"], weights["config"]["quality"]) == (None, "piecewise", quality)
+        page = (tmp_path / quality / "index.html").read_text()
+        assert f"the student is piecewise attention, quality {quality}, without weights" in page
+        assert "weights none" in page and "without weights" in table(report)
+    errors = [found[quality]["scores"]["prediction_error"] for quality in ("balanced", "fast")]
+    assert 0 < errors[0] < errors[1]
+
+
 def test_a_student_of_no_layers_is_its_teacher(teachers: Any, clip_folder: Path, tmp_path: Path, capsys: Any) -> None:
     more = ["--layers", "none", "--dtype", "bfloat16", "--clip", str(clip_folder)]
     report = run(capsys, arguments(teachers("pixart_sigma"), tmp_path / "out", *more))
@@ -449,6 +467,8 @@ def test_a_student_whose_numbers_overflow_is_named(teachers: Any, tmp_path: Path
     ("changes", "words", "message"),
     [
         ({"weights": "missing.safetensors"}, [], "there is no such file"),
+        ({}, ["--preset", "piecewise"], "give either --weights FILE or --preset piecewise, which needs no weights"),
+        ({}, ["--quality", "fast"], "--quality is of --preset piecewise"),
         ({"weights": "OTHER"}, [], "these EDiT weights are for PixArt-Σ, but the model is Stable Diffusion 3.5"),
         ({"model": "missing"}, [], "there is no such file, nor a diffusers folder"),
         ({"prompts": "missing.txt"}, [], "there is no such file of prompts"),

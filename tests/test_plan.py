@@ -239,6 +239,18 @@ def test_numbers_that_cannot_be_are_one_sentence() -> None:
         make_plan(transformer, weights, batches("sd35_medium", 1), 64, repeats=1)
 
 
+def test_a_form_without_weights_is_planned_for_all_blocks() -> None:
+    transformer, student = model("sd35_medium"), EDiTConfig.preset("piecewise", quality="fast")
+    plan = make_plan(transformer, student, batches("sd35_medium", 1), 64, budget=0, repeats=1)
+    assert [cost.block for cost in plan.blocks] == [*range(BLOCKS)]
+    assert all(cost.error > 0 and cost.linear > 0 for cost in plan.blocks)
+    assert (plan.form, plan.chosen.layers) == ("piecewise", "none")
+    assert "piecewise ms" in str(plan) and "no block can be made piecewise" in str(plan)
+    assert "linear" not in str(plan)
+    with pytest.raises(EDiTError, match="needs weights"):
+        make_plan(transformer, EDiTConfig(), batches("sd35_medium", 1), 64)
+
+
 # --- the command ---
 
 
@@ -272,6 +284,13 @@ def test_the_command(prepared: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert status == 0
     assert json.loads(text)["goal"] == "budget 0.02 (the default)"
 
+    common[3:5] = []
+    status, text, err = run("--preset", "piecewise", "--quality", "fast", "--json")
+    assert (status, json.loads(text)["form"]) == (0, "piecewise"), err
+    assert "give either --weights FILE or --preset piecewise" in run()[2]
+    common[3:3] = ["--weights", file]
+    assert "give either --weights FILE or --preset piecewise" in run("--preset", "piecewise")[2]
+    assert "--quality is of --preset piecewise" in run("--quality", "fast")[2]
     EDiTWeights.init(models.make("sd35_medium")).save(tmp_path / "other.safetensors")
     for arguments, part in (
         (("--weights", tmp_path / "none"), "there is no such file"),

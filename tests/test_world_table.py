@@ -88,14 +88,15 @@ def test_shipped_teachers_and_students_draw_what_captions_say(backbone: str) -> 
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_the_committed_configuration_trains_the_tables_student_of_the_default(backbone: str) -> None:
-    assert table.configured(backbone, DEFAULT, 0, Path("out/world") / backbone) == load_config(f"world_{backbone}")
+def test_the_committed_configurations_train_the_tables_students(backbone: str) -> None:
+    for method, name in ((DEFAULT, f"world_{backbone}"), ("piecewise_trained", f"world_{backbone}_piecewise")):
+        assert table.configured(backbone, method, 0, Path("out/world") / backbone) == load_config(name)
 
 
 def test_rows_are_missing_until_they_are_there() -> None:
     rows = [{"backbone": "pixart_sigma", "method": "teacher", "seed": 0}]
     todo = table.missing(rows, "pixart_sigma")
-    assert todo[0] == ("edit", 0)
+    assert todo[0] == ("piecewise_fast", 0)
     assert ("exact", 0) not in todo
     assert {seed for method, seed in todo if method == "sana"} == {0, 1, 2}
     assert {seed for method, seed in todo if method == "no_transfer"} == {0}
@@ -115,19 +116,24 @@ def test_a_row_is_trained_judged_and_added(tmp_path: Path, monkeypatch: pytest.M
     results = tmp_path / "world.json"
     results.write_text(json.dumps([{"backbone": "sd35_medium", "method": "edit", "seed": 0}]))
     runs = ["--results", str(results), "--runs", str(tmp_path / "runs"), "--scenes", "40", "--pictures", "8"]
+    table.main(["--backbone", "pixart_sigma", "--method", "piecewise_fast", *runs])
+    assert not (tmp_path / "runs" / "pixart_sigma" / "cache").exists(), "nothing is trained"
     for method in ("teacher", "sana", "sana"):
         table.main(["--backbone", "pixart_sigma", "--method", method, *runs])
-    other, teacher, student = json.loads(results.read_text())
+    other, bare, teacher, student = json.loads(results.read_text())
+    assert (bare["method"], bare["side"], bare["trained"]) == ("piecewise_fast", 0, 0)
+    assert bare["distance 144"]["prediction"] > 0 and bare["cost 128"]["speed"] > 0
     assert other["backbone"] == "sd35_medium"
     assert (teacher["method"], student["method"]) == ("teacher", "sana")
     assert teacher["128"]["frechet"] > 0 and "side" not in teacher
     assert student["side"] == 0 and student["trained"] > 0
     assert student["cost 128"]["flops"] < 2 * student["cost 128"]["teacher_flops"]
     assert (tmp_path / "runs" / "pixart_sigma" / "sana-0" / "128.png").is_file()
-    results.write_text(json.dumps([other, teacher, student | {"cost 128": {}}]))
+    results.write_text(json.dumps([other, teacher, bare | {"cost 128": {}}, student | {"cost 128": {}}]))
     table.main(["--backbone", "pixart_sigma", "--costs", *runs])
-    *rest, again = json.loads(results.read_text())
+    *rest, bare_again, again = json.loads(results.read_text())
     assert rest == [other, teacher]
+    assert bare_again["cost 128"]["seconds"] > 0
     assert again["cost 128"]["flops"] == student["cost 128"]["flops"] and again["cost 128"]["seconds"] > 0
     assert {**again, "cost 128": {}} == {**student, "cost 128": {}}
 

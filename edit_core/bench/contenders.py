@@ -160,19 +160,24 @@ def processors(subject: Subject, one: Contender, seed: int = 0) -> list[Any]:
     """
     if one.config is None:
         return [one.processor or attention.processor for attention in subject.attentions]
-    # A config without side weights has only differences on the base's linears; see below.
-    trainable: Any = "side" if one.config.side_weights else "low_rank"
-    weights = EDiTWeights.init(subject.transformer, one.config, subject.layers, seed, trainable, rank=1)
-    generator = torch.Generator().manual_seed(seed)
-    for tensor in weights.tensors.values():
-        noise = torch.randn(tensor.shape, generator=generator) * (0.5 * tensor[0].numel() ** -0.5)
-        tensor += noise if tensor.ndim > 1 else 0.1 * noise
+    weights = _random_weights(subject, one.config, seed) if one.config.needs_weights else one.config
     with apply_edit(subject.transformer, weights, subject.layers) as handle:
         found = [attention.processor for attention in subject.attentions]
     for processor in found:  # a student's would be merged into the linears before anyone times it
         processor.site.differences = nn.ModuleDict()
     # An attention called alone has no transformer to tell it of the call.
     return [partial(processor, edit_call=handle.call(subject.grid)) for processor in found]
+
+
+def _random_weights(subject: Subject, config: EDiTConfig, seed: int) -> EDiTWeights:
+    # A config without side weights has only differences on the base's linears, which are taken away again.
+    trainable: Any = "side" if config.side_weights else "low_rank"
+    weights = EDiTWeights.init(subject.transformer, config, subject.layers, seed, trainable, rank=1)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in weights.tensors.values():
+        noise = torch.randn(tensor.shape, generator=generator) * (0.5 * tensor[0].numel() ** -0.5)
+        tensor += noise if tensor.ndim > 1 else 0.1 * noise
+    return weights
 
 
 def install(attentions: Sequence[Any], own: Sequence[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,24 +65,34 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _reference(subject: Subject, students: Sequence[Any]) -> list[Tensor]:
-    """The outputs of a layer's call by the formulas, in float64."""
+    """The outputs of a layer's call by the formulas, in float64, of projections and norms as the base rounds them.
+
+    These are no student's, and by other ones piecewise attention would choose other tokens.
+    """
     rows: list[Tensor] = []
     x = subject.inputs["x"].double()  # (B, N, C)
-    for attention, student in zip(subject.attentions, students, strict=True):
-        attn, side = copy.deepcopy(attention).double(), student.func.site.side
+    for own, student in zip(subject.attentions, students, strict=True):
+        out, side = copy.deepcopy(own).double(), student.func.site.side
         state = {name: tensor.double() for name, tensor in side.state_dict().items()}
-        base = (attn.to_q(x), attn.to_k(x), attn.to_v(x))  # (B, N, C)
-        rest = (state, subject.grid, attn.heads, side.config, attn.norm_q, attn.norm_k)
+        norms = [None if norm is None else partial(_rounded, norm) for norm in (own.norm_q, own.norm_k)]
+        base = (_rounded(own.to_q, x), _rounded(own.to_k, x), _rounded(own.to_v, x))  # (B, N, C)
+        rest = (state, subject.grid, own.heads, side.config, *norms)
         if isinstance(side, HybridAttention):
             text = subject.inputs["prompt"].double()  # (B, P, C)
-            q_p = _normed(attn.add_q_proj(text), attn.heads, attn.norm_added_q)
-            k_p = _normed(attn.add_k_proj(text), attn.heads, attn.norm_added_k)
-            y, y_prompt = naive.hybrid_attention(x, base, (q_p, k_p, attn.add_v_proj(text)), *rest)
-            rows += [attn.to_out[0](y), attn.to_add_out(y_prompt)]
+            q_p = _normed(_rounded(own.add_q_proj, text), own.heads, own.norm_added_q)
+            k_p = _normed(_rounded(own.add_k_proj, text), own.heads, own.norm_added_k)
+            y, y_prompt = naive.hybrid_attention(x, base, (q_p, k_p, _rounded(own.add_v_proj, text)), *rest)
+            rows += [out.to_out[0](y), out.to_add_out(y_prompt)]
         else:
-            rows.append(attn.to_out[0](naive.edit_attention(x, base, *rest)))
+            rows.append(out.to_out[0](naive.edit_attention(x, base, *rest)))
     return rows
 
 
 def _normed(tokens: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
-    return tokens if norm is None else norm(tokens.unflatten(-1, (heads, -1))).flatten(2)
+    return tokens if norm is None else _rounded(norm, tokens.unflatten(-1, (heads, -1))).flatten(2)
+
+
+def _rounded(module: Any, tokens: Tensor) -> Tensor:
+    """What a base's linear or norm gives with its own rounding, in float64."""
+    rounded: Tensor = module(tokens.to(module.weight.dtype))
+    return rounded.double()

@@ -20,7 +20,7 @@ import torch
 from .. import crossover
 from ..backbones import Backbone
 from ..bench import CONTENDERS, LEVELS, Measurement, draw, measure, table, verify
-from ..config import DEFAULT, PRESETS
+from ..config import DEFAULT, PRESETS, WITHOUT_WEIGHTS
 from ..errors import EDiTError
 from ..files import write_file
 from ..runtime import DTYPES, progress
@@ -36,7 +36,7 @@ _DEFAULTS: dict[str, Any] = {
     "repeats": 3,
     "blocks": None,
 }
-_LINEAR = ["paper", DEFAULT, "sana", "limit"]
+_LINEAR = ["paper", DEFAULT, "sana", WITHOUT_WEIGHTS, "limit"]
 _PRESETS: dict[str, list[dict[str, Any]]] = {
     "readme": [
         {"level": ["layer"], "contenders": ["teacher", *PRESETS, "limit"], "sizes": [1024, 2048]},

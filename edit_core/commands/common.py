@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from ..backbones import BACKBONES, Backbone
-from ..config import CHOICES, DEFAULT, PRESETS, EDiTConfig
+from ..config import CHOICES, DEFAULT, PRESETS, WITHOUT_WEIGHTS, EDiTConfig
 from ..errors import EDiTError
 from ..runtime import DTYPES, usable_device
 from ..text import decode_text
+from ..weights import EDiTWeights
 from ..weights.differences import Trainable
 
 __all__ = [
@@ -22,11 +23,13 @@ __all__ = [
     "add_config_arguments",
     "add_device_argument",
     "add_device_arguments",
+    "add_student_arguments",
     "add_trainable_arguments",
     "backbones_of",
     "config_of",
     "device_of",
     "read_prompts",
+    "student_of",
 ]
 
 
@@ -95,6 +98,32 @@ def add_trainable_arguments(parser: argparse.ArgumentParser) -> None:
         help="low_rank or full also make room for changes to the base's attention linears",
     )
     parser.add_argument("--rank", type=int, default=16, help="with --trainable low_rank: the rank of each change")
+
+
+def add_student_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands in for the teacher, for :func:`student_of`."""
+    parser.add_argument("--weights", help="the student: EDiT weights for the teacher")
+    parser.add_argument("--preset", choices=[WITHOUT_WEIGHTS], help="instead of --weights: attention that needs none")
+    parser.add_argument(
+        "--quality",
+        choices=CHOICES["quality"],
+        help=f"with --preset: {_FIELDS['quality'].partition(': ')[2]}; {EDiTConfig.quality} by default",
+    )
+
+
+def student_of(options: Any) -> EDiTWeights | EDiTConfig:
+    """What :func:`add_student_arguments` asks for.
+
+    Raises:
+        EDiTError: not one of the two, or weights that cannot be read.
+    """
+    if (options.weights is None) == (options.preset is None):
+        raise EDiTError(f"give either --weights FILE or --preset {WITHOUT_WEIGHTS}, which needs no weights")
+    if options.preset is not None:
+        return EDiTConfig.preset(options.preset, **({"quality": options.quality} if options.quality else {}))
+    if options.quality is not None:
+        raise EDiTError(f"--quality is of --preset {WITHOUT_WEIGHTS}: what a file's students compute is in the file")
+    return EDiTWeights.load(options.weights)
 
 
 def config_of(options: Any) -> EDiTConfig:

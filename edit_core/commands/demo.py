@@ -1,6 +1,6 @@
-"""Draw the small world's captions with the shipped teachers and with their EDiT students, and compare.
+"""Draw the small world's captions with the shipped teachers, their EDiT students and piecewise attention, and compare.
 
-Both get the same captions and the same noise. A reader without anything learnt says how many of the captions'
+All get the same captions and the same noise; piecewise attention needs no weights. A reader without anything learnt says how many of the captions'
 attributes each picture has right; one call of the transformer is timed at two sizes, in alternation. The teachers are
 real PixArt-Σ and SD3.5-Medium architectures of a few million parameters; full-sized ones are timed by `bench`.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..backbones import backbone_named
 from ..bench import device_name
+from ..config import WITHOUT_WEIGHTS, EDiTConfig
 from ..errors import EDiTError
 from ..files import write_file
 from ..hosts.diffusers import apply_edit
@@ -27,6 +28,9 @@ from .common import Result, add_backbone_argument, add_device_arguments, backbon
 
 LARGE = 1024
 """Pixels per side of the second size that is timed: the world's largest, 4096 tokens."""
+TEACHER, STUDENT = "teacher", "student"
+SHOWN = {TEACHER: "teacher", STUDENT: "EDiT student", WITHOUT_WEIGHTS: WITHOUT_WEIGHTS}
+"""Who draws, and what they are called."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,24 +50,25 @@ def run(options: Any) -> Result:
     output, device = Path(options.output), device_of(options)
     output.mkdir(parents=True, exist_ok=True)
     rows = [_compare(one.name, options, device, output) for one in backbones_of(options, BACKBONES)]
+    shown, students = ", ".join(SHOWN.values()), [who for who in SHOWN if who != TEACHER]
     head = [
         f"The small world: {options.pictures} captions at {options.size}², {options.steps} steps, the same noise for "
-        f"both; {options.dtype} on {device_name(device)}",
+        f"all; {options.dtype} on {device_name(device)}. {WITHOUT_WEIGHTS}: without any weights or training",
         "",
-        f"| model | attributes right: teacher, EDiT | s per picture: teacher, EDiT | s per call at {options.size}²: "
-        f"teacher, EDiT | s per call at {LARGE}²: teacher, EDiT | speed at {LARGE}² | bit-equal after removal |",
+        f"| model | attributes right: {shown} | s per picture: {shown} | s per call at {options.size}²: {shown} | "
+        f"s per call at {LARGE}²: {shown} | speed at {LARGE}²: {', '.join(SHOWN[who] for who in students)} | bit-equal after removal |",
         "|---|---|---|---|---|---|---|",
     ]
     lines = []
     for row in rows:
-        pairs = [f"{row[key]['teacher']:.3f}, {row[key]['student']:.3f}" for key in ("picture", "call", "large")]
-        right = ", ".join(f"{row['right'][who]:.1%}" for who in ("teacher", "student"))
-        speed = row["large"]["teacher"] / row["large"]["student"]
+        times = [", ".join(f"{row[key][who]:.3f}" for who in SHOWN) for key in ("picture", "call", "large")]
+        right = ", ".join(f"{row['right'][who]:.1%}" for who in SHOWN)
+        speeds = ", ".join(f"{row['large'][TEACHER] / row['large'][who]:.2f}x" for who in students)
         lines.append(
-            f"| {backbone_named(row['backbone']).title}, small | {right} | {' | '.join(pairs)} | {speed:.2f}x | "
+            f"| {backbone_named(row['backbone']).title}, small | {right} | {' | '.join(times)} | {speeds} | "
             f"{'yes' if row['restored'] else 'NO'} |"
         )
-    tail = ["", *(f"pictures, from above: as the captions ask, teacher, EDiT: {row['sheet']}" for row in rows)]
+    tail = ["", *(f"pictures, from above: as the captions ask, {shown}: {row['sheet']}" for row in rows)]
     return Result("\n".join([*head, *lines, *tail]), rows)
 
 
@@ -76,11 +81,14 @@ def _compare(backbone: str, options: Any, device: torch.device, output: Path) ->
 
     transformer = load_teacher(backbone)
     torch.nn.Module.to(transformer, device, DTYPES[options.dtype])  # diffusers' own warns of layers it has none of
-    weights = EDiTWeights.load(shipped("edit", backbone))
+    students = {
+        STUDENT: EDiTWeights.load(shipped("edit", backbone)),
+        WITHOUT_WEIGHTS: EDiTConfig.preset(WITHOUT_WEIGHTS),
+    }
     asked = held_out(options.pictures)
     arguments = call_of(backbone, transformer, options.size)
     drawn: dict[str, Tensor] = {"asked": real(backbone, asked, options.size)}
-    row: dict[str, Any] = {"backbone": backbone, "right": {}, "picture": {}}
+    row: dict[str, Any] = {"backbone": backbone, "right": {}, "picture": {}, "call": {}, "large": {}}
 
     def draw(who: str) -> None:
         start = time.perf_counter()
@@ -89,14 +97,15 @@ def _compare(backbone: str, options: Any, device: torch.device, output: Path) ->
         row["right"][who] = right(drawn[who].numpy(), asked)["all"]
 
     before = transformer(**arguments)[0]
-    draw("teacher")
-    with apply_edit(transformer, weights) as handle:
-        draw("student")
-        for name, size in (("call", options.size), ("large", LARGE)):
-            with torch.no_grad():
-                teacher, student = call_times(transformer, handle, call_of(backbone, transformer, size), repeats=3)
-            row[name] = {"teacher": teacher, "student": student}
+    draw(TEACHER)
+    for who, student in students.items():
+        with apply_edit(transformer, student) as handle:
+            draw(who)
+            for name, size in (("call", options.size), ("large", LARGE)):
+                with torch.no_grad():
+                    teacher, own = call_times(transformer, handle, call_of(backbone, transformer, size), repeats=3)
+                row[name] |= {TEACHER: teacher, who: own}
     row["restored"] = bool(torch.equal(before, transformer(**arguments)[0]))
     sheet = output / f"demo_{backbone}.png"
-    write_file(sheet, png(grid([drawn[who] for who in ("asked", "teacher", "student")])))
+    write_file(sheet, png(grid([drawn[who] for who in ("asked", *SHOWN)])))
     return {**row, "sheet": str(sheet)}

@@ -1,4 +1,4 @@
-"""Compare a student with its teacher: both draw the same prompts from the same noise.
+"""Compare a student with its teacher, or attention that needs no weights: both draw the same prompts from one noise.
 
 Writes a folder with eval.json, which holds the scores and all that a rerun needs, index.html, grid.png and the
 pictures. Scores of sets of pictures (CLIP score, CMMD, FID) need a CLIP or Inception on this disk; nothing is fetched.
@@ -28,8 +28,8 @@ from ..files import write_file
 from ..hosts.diffusers import apply_edit
 from ..layers import format_layers
 from ..runtime import DTYPES
-from ..weights import EDiTWeights, fingerprint
-from .common import Result, add_device_arguments, device_of, read_prompts
+from ..weights import EDiTWeights, fingerprint, weights_for
+from .common import Result, add_device_arguments, add_student_arguments, device_of, read_prompts, student_of
 
 if TYPE_CHECKING:
     from ..distill.dataset import CachedLatents
@@ -51,7 +51,7 @@ PROMPTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the teacher: a diffusers pipeline's folder")
-    parser.add_argument("--weights", required=True, help="the student: EDiT weights for it")
+    add_student_arguments(parser)
     parser.add_argument("--output", required=True, help="the folder to write to; it must hold no eval.json yet")
     parser.add_argument("--prompts", help="a text file with one prompt per line; 8 of this package's by default")
     parser.add_argument("--cache", help="compare the attentions on this cache's latents, not on what the teacher drew")
@@ -91,8 +91,9 @@ def run(options: Any) -> Result:
     )  # fmt: skip
     # Everything that can be wrong is looked at before the text encoders, which take a while to load.
     device, dtype, model = device_of(options), DTYPES[options.dtype], Path(options.model)
-    weights, file = EDiTWeights.load(options.weights), BaseFile(model)
+    student, file = student_of(options), BaseFile(model)
     base = file.identify()
+    weights = weights_for(base, student)
     base.backbone.check_size(options.size, options.size)
     blocks = weights.choose(options.layers, base)
     beside = _Beside.of(options, base, device)
@@ -121,7 +122,7 @@ def run(options: Any) -> Result:
         "format": "edit-eval",
         "format_version": FORMAT_VERSION,
         "model": {**architecture, "encoders": encoders, "scheduler": _scheduler(sampler.scheduler)},
-        "weights": _weights(weights, Path(options.weights), blocks),
+        "weights": _weights(weights, options, blocks),
         "settings": {**asdict(settings), **chosen, "resolution": beside.cache.resolution if beside.cache else None},
         "data": beside.described(),
         "machine": _machine(device),
@@ -201,9 +202,10 @@ def _base(base: Base, file: BaseFile) -> dict[str, Any]:
     return {"backbone": name, "blocks": base.depth, "dim": base.dim, "base_hash": fingerprint(base, file.tensor)}
 
 
-def _weights(weights: EDiTWeights, path: Path, blocks: Iterable[int]) -> dict[str, Any]:
+def _weights(weights: EDiTWeights, options: Any, blocks: Iterable[int]) -> dict[str, Any]:
     return {
-        "sha256": _digest([path]),
+        "sha256": _digest([Path(options.weights)]) if options.weights else None,
+        "preset": options.preset,
         "blocks": format_layers(blocks),
         "config": json.loads(weights.config.to_json()),
         "base_hash": weights.base_hash,

@@ -1,4 +1,4 @@
-"""Find out which blocks to make linear, from measured errors and measured times.
+"""Find out which blocks to make linear, or piecewise, from measured errors and measured times.
 
 Prints every block's error and times, the errors and speeds of the sets that trade one for the other, and the list that
 `layers` takes.
@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..backbones import identify_module
 from ..distill.dataset import BatchPlan, CachedLatents
 from ..distill.plan import DEFAULT_BUDGET, make_plan
 from ..distill.teacher import load_teacher
@@ -18,12 +19,12 @@ from ..errors import EDiTError
 from ..files import write_file
 from ..runtime import DTYPES
 from ..weights import EDiTWeights
-from .common import Result, add_device_arguments, device_of
+from .common import Result, add_device_arguments, add_student_arguments, device_of, student_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the teacher: a diffusers pipeline's folder")
-    parser.add_argument("--weights", required=True, help="the student: an EDiT weights file")
+    add_student_arguments(parser)
     parser.add_argument("--cache", required=True, help="what `cache` wrote for the teacher: a folder or a URL")
     parser.add_argument("--resolution", type=int, default=512, help="which of the cache's, for the errors")
     parser.add_argument("--size", type=int, default=1024, help="pixels per side of the pictures to be fast at")
@@ -45,18 +46,19 @@ def run(options: Any) -> Result:
     if options.output and not Path(options.output).parent.is_dir():  # known now, not after all was measured
         raise EDiTError(f"{options.output}: cannot be written (there is no such folder)")
     device = device_of(options)
-    weights = EDiTWeights.load(options.weights)
+    student = student_of(options)
     data = CachedLatents(options.cache, options.resolution)
-    if data.backbone != weights.backbone:
-        raise EDiTError(f"{data.folder} was made for {data.backbone}, but {options.weights} is for {weights.backbone}")
+    if isinstance(student, EDiTWeights):
+        _check_cache(data, options.weights, student.backbone)
     pictures = BatchPlan(data, min(4, max(map(len, data.buckets.values()))), options.seed)
     try:
         transformer = load_teacher(Path(options.model), DTYPES[options.dtype], device)
     except ImportError as error:
         raise EDiTError(f"plan needs {error.name}: install edit-attention[distill]") from None
+    _check_cache(data, options.model, identify_module(transformer).backbone.name)
     plan = make_plan(
         transformer,
-        weights,
+        student,
         [data.collate(pictures.batch(step)) for step in range(options.batches)],
         options.size,
         budget=options.budget,
@@ -71,3 +73,8 @@ def run(options: Any) -> Result:
         except OSError as error:
             raise EDiTError(f"{options.output}: cannot be written ({error.strerror or error})") from None
     return Result(str(plan), plan.to_json())
+
+
+def _check_cache(data: CachedLatents, file: str, backbone: str) -> None:
+    if data.backbone != backbone:
+        raise EDiTError(f"{data.folder} was made for {data.backbone}, but {file} is for {backbone}")

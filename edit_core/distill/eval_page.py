@@ -62,8 +62,14 @@ def summary(report: dict[str, Any]) -> str:
     return (
         f"{len(report['pictures'])} pictures each of teacher and student, {settings['size']}x{settings['size']} "
         f"pixels, {settings['steps']} steps, guidance {settings['guidance']:g}; layers {settings['layers']}; "
-        f"{settings['dtype']} on {report['machine']['device']}"
+        f"{settings['dtype']} on {report['machine']['device']}{_without_weights(report['weights'])}"
     )
+
+
+def _without_weights(student: dict[str, Any]) -> str:
+    if student["sha256"]:
+        return ""
+    return f"; the student is {student['preset']} attention, quality {student['config']['quality']}, without weights"
 
 
 def chart(errors: dict[str, float]) -> str:
@@ -93,7 +99,7 @@ def page(report: dict[str, Any]) -> str:
         ),
         "</table>",
         *(f'<p class="dim">{escape(note)}.</p>' for note in report["notes"]),
-        f'<p class="dim">{escape(model["class"])}; weights {escape(weights["sha256"][:16])}; '
+        f'<p class="dim">{escape(model["class"])}; weights {escape((weights["sha256"] or "none")[:16])}; '
         f"everything else that a rerun needs is in eval.json.</p>",
     ]
     if scores["attentions"]:

@@ -239,7 +239,7 @@ class Evaluation:
             dtype = str(transformer.dtype).removeprefix("torch.")
             raise EDiTError(f"the student's error is not finite in {dtype}; try another dtype")
         if not found.attentions:
-            self.absent["attention_error"] = "no attention is linear"
+            self.absent["attention_error"] = "no attention was replaced"
         return {
             "prediction_error": found.prediction,
             "attention_error": statistics.fmean(found.attentions.values()) if found.attentions else None,

@@ -1,5 +1,7 @@
 """Which blocks to make linear: their errors and times, measured, and the sets of them that trade one for the other.
 
+Or to make piecewise, which needs no weights; what is said of linear blocks is meant of these, too.
+
 A block's error is that of the student's *prediction* with this block alone linear, which takes as many passes as there
 are blocks. The error of its attentions on the teacher's inputs, which a `transfer` stage trains and one pass gives for
 all, is noted beside it but not gone by: it says how well an attention is imitated, not how much depends on it. Nor do
@@ -18,14 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.forms import KERNELS
 from ..backbones import backbone_named, identify_module
 from ..bench import device_name
+from ..config import EDiTConfig
 from ..errors import EDiTError
 from ..hosts.diffusers import EDiTHandle, apply_edit
 from ..layers import format_layers
 from ..models import random_inputs
 from ..runtime import progress, timed
-from ..weights import EDiTWeights, fingerprint
+from ..weights import EDiTWeights, fingerprint, weights_for
 from .distance import Distance, teacher_distance
 from .losses import dense_tap
 
@@ -95,6 +99,8 @@ class Plan:
     """What was measured, and what follows from it."""
 
     backbone: str
+    form: str
+    """What the chosen blocks become: `linear`, or the name of another form."""
     size: int
     """Pixels per side of the square picture that was timed."""
     dtype: str
@@ -114,24 +120,25 @@ class Plan:
         return {"layers": self.chosen.layers, **asdict(self)}
 
     def __str__(self) -> str:
-        times = self.times
+        times, form = self.times, self.form
+        wide = max(10, len(f"{form} ms"))
         lines = [
             f"{backbone_named(self.backbone).title}, {self.size}² pixels, {self.dtype}, {self.device}; errors over "
             f"{self.pictures} noised pictures",
-            f"a call: teacher {1e3 * times.teacher:.2f} ms, all of these blocks linear {1e3 * times.student:.2f} ms, "
+            f"a call: teacher {1e3 * times.teacher:.2f} ms, all of these blocks {form} {1e3 * times.student:.2f} ms, "
             f"{times.teacher / times.student:.2f}×",
             "",
-            "block      error  attention   dense ms  linear ms  saving ms",
+            f"block      error  attention   dense ms {f'{form} ms':>{wide}}  saving ms",
         ]
         for cost in self.blocks:
-            milliseconds = "".join(f" {1e3 * value:10.3f}" for value in (cost.dense, cost.linear, cost.saving))
-            lines.append(f"{cost.block:5} {cost.error:10.3g} {cost.attention:10.3g}{milliseconds}")
+            times_of = f"{1e3 * cost.dense:10.3f} {1e3 * cost.linear:{wide}.3f} {1e3 * cost.saving:10.3f}"
+            lines.append(f"{cost.block:5} {cost.error:10.3g} {cost.attention:10.3g} {times_of}")
         lines += ["", "     error    speed  blocks"]
         lines += [f"{point.error:10.3g} {point.speed:7.2f}×  {point.layers}" for point in self.curve]
         if slow := [cost.block for cost in self.blocks if cost.saving <= 0]:
-            lines.append(f"blocks {format_layers(slow)} stay dense: linear attention is not faster there")
+            lines.append(f"blocks {format_layers(slow)} stay dense: {form} attention is not faster there")
         if self.chosen.layers == "none":
-            outcome = "no block can be made linear"
+            outcome = f"no block can be made {form}"
         else:
             outcome = (
                 f"prediction error {self.chosen.error:.3g}; speed {self.chosen.speed:.2f}× by the blocks' times, "
@@ -142,7 +149,7 @@ class Plan:
 
 def make_plan(
     transformer: Any,
-    weights: EDiTWeights,
+    student: EDiTWeights | EDiTConfig,
     batches: Sequence[Mapping[str, Tensor]],
     size: int,
     *,
@@ -158,7 +165,7 @@ def make_plan(
 
     Args:
         transformer: the teacher, a diffusers transformer; it is left as it was.
-        weights: the student's; only blocks that they hold can be made linear.
+        student: its weights; only blocks that they hold can be made linear. Or a config that needs none.
         batches: as :meth:`CachedLatents.collate` gives them, with `latent (B, c, h, w)`.
         size: pixels per side of the square pictures to be fast at.
         budget: highest prediction error, squared and relative to the teacher's mean square. Without this and `speed`,
@@ -175,6 +182,7 @@ def make_plan(
     if repeats < 1 or not batches:
         raise EDiTError("a plan needs at least one repeat and one batch of pictures")
     goal = _goal(budget, speed, size)
+    weights = weights_for(identify_module(transformer), student)
     times = measure_times(transformer, weights, size, repeats)
     sets = _Sets(transformer, weights, batches, seed, shift)
     trade = _Trade(sets, times)
@@ -183,6 +191,7 @@ def make_plan(
     chosen = goal.choose(trade, prefixes)
     return Plan(
         backbone=weights.backbone,
+        form=_form(weights.config),
         size=size,
         dtype=str(transformer.dtype).removeprefix("torch."),
         device=device_name(transformer.device),
@@ -209,7 +218,9 @@ class _Sets:
     ) -> None:
         # `measure_times` has said already whether the base is another one, and need not say so for every set.
         base, state = identify_module(transformer), transformer.state_dict()
-        self.weights = replace(weights, base_hash=fingerprint(base, state.__getitem__))
+        self.weights = weights
+        if weights.tensors:
+            self.weights = replace(weights, base_hash=fingerprint(base, state.__getitem__))
         self.transformer, self.batches, self.seed, self.shift = transformer, batches, seed, shift
         self._errors: dict[frozenset[int], float] = {frozenset(): 0.0}
 
@@ -233,7 +244,8 @@ class _Sets:
             )
         if not math.isfinite(found.prediction):
             raise EDiTError(
-                f"with blocks {format_layers(blocks)} linear the prediction is not finite in {self.transformer.dtype}; "
+                f"with blocks {format_layers(blocks)} {_form(self.weights.config)} the prediction is not finite in "
+                f"{self.transformer.dtype}; "
                 "use bfloat16 or float32, or leave them out of the weights"
             )
         self._errors[blocks] = found.prediction
@@ -314,10 +326,10 @@ class _Reaching:
         """
         fast = [blocks for blocks in prefixes if trade.speed(blocks) >= self.speed]
         if not fast:
-            every = prefixes[-1] if prefixes else []
+            every, form = prefixes[-1] if prefixes else [], _form(trade.sets.weights.config)
             raise EDiTError(
                 f"a speed of {self.speed:g}× cannot be reached at {self.size}² pixels here: blocks "
-                f"{format_layers(every)}, all that are faster when linear, make it {trade.speed(every):.2f}×"
+                f"{format_layers(every)}, all that are faster when {form}, make it {trade.speed(every):.2f}×"
             )
         sets = [*fast, self._without_spare(fast[0], trade)]
         return min(map(trade.choice, sets), key=lambda point: point.error)
@@ -330,6 +342,11 @@ class _Reaching:
             if trade.speed(rest) >= self.speed:
                 kept = rest
         return kept
+
+
+def _form(config: EDiTConfig) -> str:
+    """What to call blocks that have this attention."""
+    return config.kernel if KERNELS[config.kernel].as_is else "linear"
 
 
 def _goal(budget: float | None, speed: float | None, size: int) -> _Within | _Reaching:

@@ -95,6 +95,11 @@ def check_trainable(config: EDiTConfig, trainable: Trainable) -> None:
     Raises:
         EDiTError: it would have nothing.
     """
+    if trainable == "side" and not config.needs_weights:
+        raise EDiTError(
+            f"kernel={config.kernel} needs no weights, so there are none to make and nothing to train: apply it as it "
+            "is, or choose trainable=low_rank or full to train the base's attention linears for it"
+        )
     if trainable == "side" and not config.side_weights:
         raise EDiTError(
             "a student with query=plain and key=plain has no side weights, and with trainable=side nothing else is "

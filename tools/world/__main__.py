@@ -7,10 +7,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # that of the package, not the folder that is run
 
-from world import classifier, decoder, ship, table, train
+from world import classifier, compare_piecewise, decoder, ship, table, train
 
 COMMANDS = {
     "train": train.main, "decoder": decoder.main, "classifier": classifier.main, "ship": ship.main, "table": table.main,
+    "compare_piecewise": compare_piecewise.main,
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The small world's table: trains students by every method and judges them, `tools/world table` (ours).
 
 A row is a backbone, a method and a seed. Rows that the results have already are left alone, so that methods and seeds
-can be added later; a training that was stopped goes on where it was. `teacher` is judged first, for each backbone.
+can be added later; a training that was stopped goes on where it was. `teacher` is judged first, for each backbone, and
+then what needs no training.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from edit_core import EDiTWeights, apply_edit
+from edit_core import EDiTConfig, EDiTWeights, apply_edit
 from edit_core.distill.config import RunConfig, load_config
 from edit_core.distill.engine import Engine
 from edit_core.distill.sampling import grid, png
@@ -36,6 +37,10 @@ TEACHER = "teacher"
 METHODS: dict[str, dict[str, Any]] = {
     name: {"student": {"preset": preset, **fields}}
     for name, preset, fields in (
+        ("piecewise_fast", "piecewise", {"quality": "fast"}),
+        ("piecewise", "piecewise", {}),
+        ("piecewise_faithful", "piecewise", {"quality": "faithful"}),
+        ("piecewise_trained", "piecewise", {}),
         ("edit", "paper", {}),
         ("local", "local", {}),
         ("sana", "sana", {}),
@@ -64,6 +69,10 @@ METHODS["edit_mixed"]["layers"] = METHODS["local_mixed"]["layers"] = "0-3, 5"
 """What differs from the committed configuration, `world_<backbone>`. Ours are `local`, two of its parts alone, and it
 with the paper's ConvFusion, without any, and with the exact normalisers. `mixed` leaves the block dense that
 `python -m edit_core plan` finds hardest to imitate."""
+UNTRAINED = ("piecewise_fast", "piecewise", "piecewise_faithful")
+"""What needs no weights, and is judged without any training."""
+CONFIGURED = {"piecewise_trained": "world_{}_piecewise"}
+"""The configuration of what starts where others do not."""
 LONGER = {"local_longer": 3}
 """How many times as many steps."""
 MAIN = ("edit", "local", "sana", "linfusion", "kv_compression")
@@ -92,7 +101,7 @@ def missing(rows: Sequence[dict[str, Any]], backbone: str) -> list[tuple[str, in
 
 def configured(backbone: str, method: str, seed: int, folder: Path) -> RunConfig:
     """The committed configuration with what the method changes in it."""
-    config = load_config(f"world_{backbone}")
+    config = load_config(CONFIGURED.get(method, "world_{}").format(backbone))
     changes: dict[str, Any] = {
         "model": folder / "teacher", "cache": str(folder / "cache"), "output": folder / f"{method}-{seed}",
         "seed": seed, **METHODS[method],
@@ -120,8 +129,12 @@ def judged(backbone: str, method: str, seed: int, folder: Path, count: int) -> d
     row["base"] = sum(p.numel() for p in transformer.parameters())
     output = folder / f"{method}-{seed}"
     output.mkdir(parents=True, exist_ok=True)
-    weights = EDiTWeights.load(output / "student.safetensors") if method != TEACHER else None
-    handle = apply_edit(transformer, weights) if weights else None
+    handle = None
+    if method in UNTRAINED:
+        handle = apply_edit(transformer, configured(backbone, method, seed, folder).edit_config())
+    elif method != TEACHER:
+        weights = EDiTWeights.load(output / "student.safetensors")
+        handle, row["training"] = apply_edit(transformer, weights), weights.training
     for size in SIZES:
         shown = asked if size == SIZES[0] else asked[: count // 4]  # the larger ones take several times as long
         drawn = pictures(backbone, transformer, shown, size)
@@ -129,10 +142,9 @@ def judged(backbone: str, method: str, seed: int, folder: Path, count: int) -> d
         write_file(output / f"{size}.png", png(grid([drawn[:SHOWN]])))
         if handle:
             row[f"distance {size}"] = judge.distance(backbone, transformer, handle, size)
-    if handle and weights:
+    if handle:
         row["side"] = sum(p.numel() for p in handle.sides.parameters())
         row["trained"] = sum(p.numel() for p in handle.trainable().values())
-        row["training"] = weights.training
         if seed == 0:  # others cost the same
             row |= _costs(backbone, transformer, handle)
     return row
@@ -145,8 +157,10 @@ def _costs(backbone: str, transformer: Any, handle: EDiTHandle) -> dict[str, Any
 def timed(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A row of a student with its costs measured anew, on an untrained one, which costs the same."""
     config = configured(row["backbone"], row["method"], row["seed"], folder)
-    transformer = load_teacher(config.model, torch.float32, torch.device("cpu"))
-    weights = EDiTWeights.init(transformer, config.edit_config(), config.layers, trainable=config.trainable)
+    transformer, student = load_teacher(config.model, torch.float32, torch.device("cpu")), config.edit_config()
+    weights: EDiTWeights | EDiTConfig = student
+    if row["method"] not in UNTRAINED:
+        weights = EDiTWeights.init(transformer, student, config.layers, trainable=config.trainable)
     with apply_edit(transformer, weights) as handle:
         return row | _costs(row["backbone"], transformer, handle)
 
@@ -195,10 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{options.backbone} {row['method']}")
                 _write(options.results, timed(row, folder))
         return
-    make_cache(["--backbone", options.backbone, "--output", str(folder / "cache"), "--count", str(options.scenes)])
     todo = [(options.method, options.seed)] if options.method else missing(_rows(options.results), options.backbone)
     for method, seed in todo:
-        if method != TEACHER:
+        if method not in (TEACHER, *UNTRAINED):
+            cache = ["--output", str(folder / "cache"), "--count", str(options.scenes)]
+            make_cache(["--backbone", options.backbone, *cache])
             file = train(options.backbone, method, seed, folder)
             if file.suffix != ".safetensors":
                 print(f"{file}: stopped; the same command goes on")
