@@ -49,6 +49,8 @@ class Application:
     min_tokens: int
     changed: frozenset[str]
     """Diffusers paths of the base's linears that it patched."""
+    bare: torch.nn.ModuleDict | None = None
+    """Its side modules where they hold no tensors; else they are an additional model of the patcher's."""
 
     def in_range(self, sampling: Any, options: Mapping[str, Any]) -> bool:
         """Whether a call of the model lies between its two points of the schedule."""
@@ -87,7 +89,7 @@ _RUNNING: weakref.WeakKeyDictionary[Any, Running] = weakref.WeakKeyDictionary()
 
 
 class EDiTInjection(PatcherInjection):
-    """Replaces the forwards of the applications' blocks; application `i` uses the i-th additional model."""
+    """Replaces the forwards of the applications' blocks; those with side weights use one additional model each."""
 
     def __init__(self, applications: tuple[Application, ...]) -> None:
         super().__init__(self._inject, self._eject)
@@ -97,7 +99,8 @@ class EDiTInjection(PatcherInjection):
     def _inject(self, patcher: Any) -> None:
         self._eject(patcher)
         diffusion_model = patcher.get_model_object("diffusion_model")
-        sides = [side.model for side in patcher.get_additional_models_with_key(KEY)]
+        held = iter(patcher.get_additional_models_with_key(KEY))
+        sides: list[Any] = [next(held).model if each.bare is None else each.bare for each in self.applications]
         running = _RUNNING[patcher.model] = Running(self)
         backbone = self.applications[0].backbone
         for block in sorted({block for application in self.applications for block in application.blocks}):
@@ -244,10 +247,14 @@ def apply_to_model(
         )
     if twice := changed.intersection(path for application in earlier for path in application.changed):
         logger.warning("EDiT: %d of the model's layers were changed before; the changes add up", len(twice))
-    application = Application(base.backbone, blocks, start_percent, end_percent, min_tokens, changed)
+    bare = None
+    if weights.config.side_weights:
+        side = side_patcher(weights, blocks, compute_dtype(model))
+        model.set_additional_models(KEY, [*model.get_additional_models_with_key(KEY), side])
+    else:  # nothing to load, which ComfyUI would do all the same, and tell
+        bare, _ = weights.build(blocks)
+    application = Application(base.backbone, blocks, start_percent, end_percent, min_tokens, changed, bare)
     injection = EDiTInjection((*earlier, application))
-    side = side_patcher(weights, blocks, compute_dtype(model))
-    model.set_additional_models(KEY, [*model.get_additional_models_with_key(KEY), side])
     model.set_injections(KEY, [injection])
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _make_wrapper(injection))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from support import comfy, models
 
-from edit_core import EDiTWeights, apply_edit
+from edit_core import EDiTConfig, EDiTWeights, apply_edit
 
 INSIDE = Path(__file__).parent / "comfyui" / "inside.py"
 CHECKS = [
@@ -73,6 +73,8 @@ def test_inside_comfyui(checkout: Path, check: str, backbone: str, results: Any)
         ("base", "40x34"),
         ("edit", "34x40"),
         ("edit", "40x34"),
+        ("piecewise", "34x40"),
+        ("piecewise", "40x34"),
         ("low_rank", "34x40"),
         ("full", "34x40"),
         ("paper", "34x40"),
@@ -89,7 +91,9 @@ def test_diffusers_and_comfyui_give_the_same_output(
     base, _ = results(checkout)
     caught = load_file(base / f"{backbone}-{kind}-{size}.safetensors")
     model = comfy.base_model(backbone)
-    if kind != "base":
+    if kind == "piecewise":
+        apply_edit(model, EDiTConfig.preset("piecewise"))
+    elif kind != "base":
         path = files / "models/edit" / backbone if kind == "edit" else base / f"{backbone}-{kind}"
         apply_edit(model, EDiTWeights.load(path.with_suffix(".safetensors")))
     if backbone.startswith("pixart"):
@@ -100,4 +104,9 @@ def test_diffusers_and_comfyui_give_the_same_output(
     with torch.no_grad():
         expected = model(caught["x"], encoder_hidden_states=caught["context"], timestep=caught["t"], **extra).sample
     channels = caught["out"].shape[1]  # ComfyUI drops PixArt's predicted variance
-    assert models.relative_error(caught["out"], expected[:, :channels]) < 1e-4
+    off = (caught["out"] - expected[:, :channels]).double().square().sum(1).flatten()
+    error = (off / expected[:, :channels].double().square().sum(1).mean()).sqrt()  # of each token
+    if kind == "piecewise":  # of two units that are worth the same to a tile, rounding may choose another
+        assert error.quantile(0.9) < 1e-4 and error.square().mean().sqrt() < 1e-3
+    else:
+        assert error.square().mean().sqrt() < 1e-4

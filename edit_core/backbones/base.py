@@ -203,9 +203,9 @@ class Backbone(ABC):
     begin and end included."""
     cleans: ClassVar[bool] = False
     """Whether its pipelines clean captions before they draw, where they can."""
-    comfy_arguments: ClassVar[tuple[str, ...]]
+    comfy_arguments: ClassVar[tuple[str, ...]] = ("x",)
     """The positional arguments of the forward that is replaced in ComfyUI."""
-    comfy_harmless: ClassVar[frozenset[str]]
+    comfy_harmless: ClassVar[frozenset[str]] = frozenset({"x", "transformer_options"})
     """What that forward may be given without attention being another."""
 
     # what its tensors are

@@ -70,7 +70,7 @@ class SD35Medium(Backbone):
         "tokenizer_3": ("T5's 256 tokens", 256),
     }
     comfy_arguments = ("context", "x", "c")
-    comfy_harmless = frozenset({"context", "x", "c", "transformer_options"})
+    comfy_harmless = frozenset({"context", "x", "c", "use_checkpoint", "transformer_options"})
     dual: ClassVar[int] = 13
     """How many of the real model's blocks, which are the first ones, have an `attn2`."""
 

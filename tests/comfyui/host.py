@@ -73,15 +73,19 @@ def weights(backbone: str) -> Any:
     return run("EDiTLoadWeights", edit_name=f"{backbone}.safetensors")
 
 
-def apply(model: Any, edit_weights: Any, layers="all", start_percent=0.0, end_percent=1.0, min_tokens=0) -> Any:
+def apply(
+    model: Any, edit_weights: Any = None, layers="all", start_percent=0.0, end_percent=1.0, min_tokens=0, **more: Any
+) -> Any:
+    """EDiTApply; without weights, piecewise attention."""
     return run(
         "EDiTApply",
         model=model,
-        edit_weights=edit_weights,
         layers=layers,
         start_percent=start_percent,
         end_percent=end_percent,
         min_tokens=min_tokens,
+        **({} if edit_weights is None else {"edit_weights": edit_weights}),
+        **more,
     )
 
 

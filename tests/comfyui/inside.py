@@ -34,6 +34,7 @@ from host import (  # first, since it readies ComfyUI to be imported
 import inside_differences
 import inside_files
 import inside_hostile
+import inside_piecewise
 import torch
 
 import comfy.lora
@@ -63,7 +64,7 @@ def check_edit_changes_the_output_and_leaves_the_base_bit_equal(b: str) -> Any:
 def check_output_equals_diffusers(b: str) -> Any:
     """Runs the model on latents of both shapes; the outer test compares what went in and out with diffusers."""
     base = load(b, "fp32")
-    for name, model in (("base", base), ("edit", apply(base, weights(b)))):
+    for name, model in (("base", base), ("edit", apply(base, weights(b))), ("piecewise", apply(base))):
         for height, width in ((34, 40), (40, 34)):
             record(model, f"{b}-{name}", height, width)
     return None
@@ -221,7 +222,7 @@ def check_interrupt_leaves_both_usable(b: str) -> Any:
 
 def check_min_tokens_auto_is_the_crossover_measured_here(b: str) -> Any:
     base, w = load(b), weights(b)
-    core = type(w).__module__.rpartition(".")[0]
+    core = type(w).__module__.removesuffix(".weights.weights")
     crossover = importlib.import_module(f"{core}.crossover")
     plain, edit = sample(base), sample(apply(base, w))
     kept, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME"), str(BASE / f"cache-{b}")
@@ -479,4 +480,10 @@ def check_checkpoint_keys_are_unchanged(b: str) -> Any:
     return None
 
 
-main({**globals(), **vars(inside_differences), **vars(inside_files), **vars(inside_hostile)})
+main({
+    **globals(),
+    **vars(inside_differences),
+    **vars(inside_files),
+    **vars(inside_hostile),
+    **vars(inside_piecewise),
+})
