@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import comfy.utils
 from comfy_api.latest import io
 
 from ..edit_core import EDiTError
+from ..edit_core.backbones import plain_name
 from ..edit_core.errors import quoted
 
-__all__ = ["CATEGORY", "Weights", "check_values", "layers_input", "refusal"]
+__all__ = ["CATEGORY", "Weights", "check_values", "layers_input", "plain_state", "refusal"]
 
 CATEGORY = "EDiT"
 Weights = io.Custom("EDIT_WEIGHTS")
@@ -49,3 +51,9 @@ def refusal(check: Callable[[], object]) -> bool | str:
     except EDiTError as error:
         return str(error)
     return True
+
+
+def plain_state(path: str, prefix: str) -> dict[str, Any]:
+    """A model file's tensors by their plain names below a prefix."""
+    state = {plain_name(key): value for key, value in comfy.utils.load_torch_file(path).items()}
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

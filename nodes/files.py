@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import unicodedata
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -15,11 +17,11 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..edit_core import EDiTConfig, EDiTError, EDiTWeights
-from ..edit_core.backbones import Base, identify
+from ..edit_core.backbones import Base, identify, plain_name
 from ..edit_core.basefile import BaseFile
 from ..edit_core.config import WITHOUT_WEIGHTS
 from ..edit_core.errors import EDiTModelError, quoted
-from .common import CATEGORY, Weights, check_values, refusal
+from .common import CATEGORY, Weights, check_values, plain_state, refusal
 from .patcher import apply_to_model
 from .small_world import is_small_teacher, load_small_teacher
 
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "edit"
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
+PREFIXES = ("", "model.diffusion_model.", "model.", "net.")
+"""What ComfyUI itself takes off the names of a diffusion model's tensors."""
 NO_WEIGHTS = "none"
 PIECEWISE = "piecewise (no weights)"
 
@@ -76,10 +80,15 @@ def identify_file(path: str, name: str) -> Base:
         return BaseFile(path).identify(name)
     try:
         state = comfy.utils.load_torch_file(path, safe_load=True)
-        shapes = {key: tuple(value.shape) for key, value in state.items()}
+        shapes = {plain_name(key): tuple(value.shape) for key, value in state.items()}
     except Exception as error:  # whatever unpickling meets in a file that is none of PyTorch's
+        if held := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise EDiTModelError(
+                f"{name} holds {held[1]} beside its tensors, which is not loaded, since loading it may run anything; "
+                "save the tensors alone, as .safetensors"
+            ) from None
         raise EDiTModelError(f"{name} is no file of PyTorch with a model's tensors ({type(error).__name__})") from None
-    return identify(shapes, name)
+    return replace(identify(shapes, name), renamed=shapes.keys() != state.keys())
 
 
 def file_path(folder: str, name: str) -> str:
@@ -102,13 +111,32 @@ def load_model(path: str, name: str, base: Base, options: dict[str, Any]) -> Any
     """
     try:
         if is_small_teacher(base):
-            return load_small_teacher(path, base.depth, options)
-        return comfy.sd.load_diffusion_model(path, model_options=options)
+            return load_small_teacher(path, base.depth, options, base.prefix)
+        if base.prefix in PREFIXES and not base.renamed:
+            return comfy.sd.load_diffusion_model(path, model_options=options)
+        return load_renamed(path, base.prefix, options)
     except comfy.model_management.OOM_EXCEPTION:
         raise
     except (RuntimeError, KeyError) as error:  # tensors of other shapes than their model's, or too few of them
         detail = " ".join(str(error).split())
         raise EDiTModelError(f"{name} is {base}, but ComfyUI cannot load it: {detail[:200]}") from None
+
+
+def load_renamed(path: str, prefix: str, model_options: dict[str, Any], **kwargs: Any) -> Any:
+    """`comfy.sd.load_diffusion_model` for a file whose names bear what ComfyUI does not take off.
+
+    Args:
+        path: the file.
+        prefix: of its plain names.
+        model_options: as ComfyUI's function takes them.
+        kwargs: what ComfyUI asks of the factories that make independent copies for several GPUs.
+    """
+    state = plain_state(path, prefix)
+    model = comfy.sd.load_diffusion_model_state_dict(state, model_options=model_options, **kwargs)
+    if model is None:
+        raise RuntimeError("it cannot detect the model's type")
+    model.cached_patcher_init = (load_renamed, (path, prefix, model_options))
+    return model
 
 
 class EDiTLoadModel(io.ComfyNode):

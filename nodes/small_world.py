@@ -19,7 +19,7 @@ from ..edit_core.backbones import Base
 from ..edit_core.world.files import FOLDERS
 from ..edit_core.world.teachers import HEAD_WIDTH, HEADS, MAX_TOKENS, position_table
 from ..edit_core.world.text import TOKENS, WIDTH, WorldText
-from .common import CATEGORY, check_values, refusal
+from .common import CATEGORY, check_values, plain_state, refusal
 
 CHANNELS = {backbone: heads * HEAD_WIDTH[backbone] for backbone, heads in HEADS.items()}
 
@@ -75,16 +75,17 @@ def is_small_teacher(base: Base) -> bool:
     return (base.backbone.name, base.host, base.dim) == ("pixart_sigma", "diffusers", CHANNELS["pixart_sigma"])
 
 
-def load_small_teacher(path: str, depth: int, model_options: dict[str, Any], **kwargs: Any) -> Any:
+def load_small_teacher(path: str, depth: int, model_options: dict[str, Any], prefix: str = "", **kwargs: Any) -> Any:
     """`comfy.sd.load_diffusion_model` for the small PixArt-Σ: ComfyUI joins linears as if they were 1152 wide.
 
     Args:
         path: the file.
         depth: how many blocks it has.
         model_options: as ComfyUI's function takes them.
+        prefix: of the names of its tensors.
         kwargs: what ComfyUI asks of the factories that make independent copies for several GPUs.
     """
-    state = comfy.utils.load_torch_file(path)
+    state = plain_state(path, prefix)
     names = comfy.utils.pixart_to_diffusers({"depth": depth, "hidden_size": CHANNELS["pixart_sigma"]})
     joined: dict[str, list[torch.Tensor]] = {}
     for name, target in names.items():  # queries come before keys, and keys before values
@@ -92,7 +93,7 @@ def load_small_teacher(path: str, depth: int, model_options: dict[str, Any], **k
             joined.setdefault(target if isinstance(target, str) else target[0], []).append(state[name])
     fused = {name: torch.cat(parts) for name, parts in joined.items()}
     model = comfy.sd.load_diffusion_model_state_dict(fused, model_options=model_options, **kwargs)
-    model.cached_patcher_init = (load_small_teacher, (path, depth, model_options))
+    model.cached_patcher_init = (load_small_teacher, (path, depth, model_options, prefix))
     return model
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import SD3ControlNetModel
+from safetensors.torch import save_file
 from support import models
 
-from edit_core import EDiTModelError, backbones
+from edit_core import EDiTConfig, EDiTModelError, EDiTWeights, backbones
 from edit_core.backbones import (
     BACKBONES,
     Backbone,
@@ -19,14 +23,17 @@ from edit_core.backbones import (
     identify_module,
     registry,
 )
+from edit_core.basefile import BaseFile
+from edit_core.weights import fingerprint
 
 PIXART = {
     "t_block.1.bias": (6912,),
-    "scale_shift_table": (2, 1152),
+    **dict.fromkeys(BACKBONES["pixart_sigma"].ends["comfy"], (1152,)),
     **{f"blocks.{i}.attn.{k}": s for i in range(28) for k, s in (("qkv.bias", (3456,)), ("proj.bias", (1152,)))},
     **{f"blocks.{i}.cross_attn.kv_linear.bias": (2304,) for i in range(28)},
 }
 SD35 = {
+    **dict.fromkeys(BACKBONES["sd35_medium"].ends["comfy"], (1536,)),
     **{f"joint_blocks.{i}.x_block.attn.proj.bias": (1536,) for i in range(24)},
     **{f"joint_blocks.{i}.x_block.attn2.proj.bias": (1536,) for i in range(13)},
     **{f"joint_blocks.{i}.context_block.attn.qkv.bias": (4608,) for i in range(24)},
@@ -50,9 +57,9 @@ def test_real_sd35_medium_is_recognised_with_its_thirteen_second_attentions() ->
 
 
 def test_pixart_sigma_of_any_depth_is_pixart_sigma() -> None:
-    more = {f"blocks.{i}.attn.{k}": s for i in range(42) for k, s in (("qkv.bias", (3456,)), ("proj.bias", (1152,)))}
+    more = {key.replace("blocks.", "blocks.2"): s for key, s in PIXART.items() if re.match(r"blocks\.\d\.", key)}
     base = identify({**PIXART, **more}, "it")
-    assert (base.backbone.name, base.depth) == ("pixart_sigma", 42)
+    assert (base.backbone.name, base.depth) == ("pixart_sigma", 30)
 
 
 @pytest.mark.parametrize("sized", [True, False])
@@ -119,12 +126,19 @@ def test_diffusers_modules_are_recognised(backbone: str) -> None:
         ({**PIXART, "blocks.0.attn.q_norm.weight": (4,)}, "query/key norms"),
         ({**SD3, "controlnet_blocks.0.weight": (4, 4)}, "ControlNet"),
         ({"transformer_blocks.0.attn.add_k_proj.bias": (4,), "transformer_blocks.0.attn.to_out.0.bias": (4,)}, "FLUX"),
+        ({"controlnet_blocks.0.weight": (4, 4), "transformer_blocks.0.attn.to_out.0.bias": (4,)}, "a ControlNet"),
         ({"joint_blocks.0.x_block.attn.proj.bias": (1536,)}, "a part of a Stable Diffusion 3"),
         ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "FLUX"),
         ({"transformer.single_transformer_blocks.0.attn.to_q.weight": (4, 4)}, "FLUX"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (4,)}, "UNet"),
         ({"0.self.conv_fusion.up.weight": (72, 18)}, "EDiT weights"),
-        ({"transformer.x.lora_A.weight": (4,)}, "LoRA"),
+        ({"transformer.x.lora_A.weight": (4,)}, "a LoRA"),
+        ({"diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_down.weight": (4,)}, "a LoRA"),
+        ({"lora_unet_joint_blocks_0_x_block_attn_qkv.lokr_w1": (4,)}, "a LoKr"),
+        ({"lycoris_transformer_blocks_0_attn_to_q.hada_w1_a": (4,)}, "a LoHa"),
+        ({"oft_unet_blocks_0_attn_qkv.oft_blocks": (4,)}, "an OFT"),
+        ({"lycoris_blocks_0_attn_proj.diff": (4,)}, "a LyCORIS adapter"),
+        ({"blocks.0.attn.qkv.base_layer.bias": (4,), "blocks.0.attn.qkv.lora_A.default.weight": (4,)}, "as PEFT saves"),
         ({"encoder.block.0.layer.0.SelfAttention.q.weight": (4,)}, "T5"),
         ({"text_model.embeddings.x": (4,)}, "CLIP"),
         ({"decoder.conv_in.weight": (4,)}, "VAE"),
@@ -138,6 +152,84 @@ def test_anything_else_is_named_for_what_it_is(keys: dict[str, tuple[int, ...]],
     assert str(caught.value).startswith("model.safetensors is ")
     said = str(caught.value).partition("; EDiT works on ")[2]
     assert all(backbone.title in said for backbone in BACKBONES.values())
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["transformer.", "unet.", "model.diffusion_model._orig_mod.", "_orig_mod.", "module.transformer._orig_mod."],
+)
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_a_model_under_a_wrappers_names_is_recognised(prefix: str, backbone: str, tmp_path: Path) -> None:
+    state = models.make(backbone).state_dict()
+    save_file({prefix + key: value for key, value in state.items()}, tmp_path / "model.safetensors")
+    file = BaseFile(tmp_path / "model.safetensors")
+    base = file.identify()
+    assert (base.backbone.name, base.prefix, base.renamed) == (
+        backbone, prefix.replace("_orig_mod.", ""), "_orig_mod" in prefix,
+    )  # fmt: skip
+    assert fingerprint(base, file.tensor) == fingerprint(identify_module(models.make(backbone)), state.__getitem__)
+    EDiTWeights.init_for(base, file.tensor, EDiTConfig(), "0")
+
+
+def test_blocks_that_were_compiled_one_by_one_are_recognised_in_a_file_and_in_memory(tmp_path: Path) -> None:
+    model = models.sd35()
+    save_file(
+        {key.replace("blocks.1.", "blocks.1._orig_mod."): value for key, value in model.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
+    assert BaseFile(tmp_path / "model.safetensors").identify().sites == identify_module(model).sites
+    model.transformer_blocks[1] = torch.compile(model.transformer_blocks[1])
+    assert identify_module(model).depth == 3
+
+
+def without(keys: dict[str, tuple[int, ...]], *parts: str) -> dict[str, tuple[int, ...]]:
+    return {key: shape for key, shape in keys.items() if not any(part in key for part in parts)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        (without(SD35, "joint_blocks.1."), "it lacks block 1, and has block 23"),
+        (without(PIXART, "blocks.7.", "blocks.9."), "it lacks block 7, 9, and has block 27"),
+        (without(SD35, "joint_blocks.23.x_block"), "its block 23 is not whole, and has block 23"),
+        (without(SD35, "final_layer"), "it lacks final_layer.linear.bias"),
+        (without(SD35, "final_layer", *(f"joint_blocks.{block}." for block in range(12, 24))), "it lacks final_layer"),
+        (without(PIXART, "x_embedder"), "it lacks x_embedder.proj.bias"),
+        (without(PIXART, "blocks.4.attn.qkv"), "it lacks blocks.4.attn.qkv.bias"),
+        (without(SD35, "joint_blocks.3.context_block"), "it lacks joint_blocks.3.context_block.attn.qkv.bias"),
+    ],
+)
+def test_a_part_of_a_model_is_not_taken_for_a_shallower_one(keys: dict[str, tuple[int, ...]], found: str) -> None:
+    with pytest.raises(EDiTModelError, match=re.escape(found)) as caught:
+        identify(keys, "model.safetensors")
+    assert str(caught.value).startswith("model.safetensors is a part of a ")
+    for part in ("model-00001-of-00003.safetensors", "transformer/x-2-of-3.safetensors"):
+        with pytest.raises(EDiTModelError, match=f"^{part} is one part of 3: join them into one file"):
+            identify(keys, part)
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_every_part_of_a_model_is_said_to_be_one_and_all_of_them_are_the_model(backbone: str, tmp_path: Path) -> None:
+    state = models.make(backbone).state_dict()
+    names = sorted(state)
+    for part in (1, 2, 3):
+        save_file(
+            {key: state[key] for key in names[(part - 1) * len(names) // 3 : part * len(names) // 3]},
+            tmp_path / f"model-{part:05}-of-00003.safetensors",
+        )
+        with pytest.raises(EDiTModelError, match="is one part of 3: join them"):
+            BaseFile(tmp_path / f"model-{part:05}-of-00003.safetensors").identify()
+        if part < 3:
+            with pytest.raises(EDiTModelError, match=f"holds {part} of a model's 3 parts, and not part {part + 1}"):
+                BaseFile(tmp_path)
+    assert BaseFile(tmp_path).identify().backbone.name == backbone
+
+
+@pytest.mark.parametrize("dual", [(), (0, 1)])
+def test_a_controlnet_of_diffusers_is_not_taken_for_its_base(dual: tuple[int, ...]) -> None:
+    control = SD3ControlNetModel.from_transformer(models.sd35(dual=dual), num_layers=2)
+    with pytest.raises(EDiTModelError, match="this SD3ControlNetModel is a ControlNet of Stable Diffusion 3"):
+        identify_module(control)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ def in_comfys_names(model: Any) -> dict[str, torch.Tensor]:
             if (key := f"{linear.diffusers}.{part}") in state:
                 name = f"model.diffusion_model.{linear.comfy}.{part}"
                 tensors[name] = torch.cat([tensors[name], state[key]]) if name in tensors else state[key]
+    for name in base.backbone.ends["comfy"]:
+        tensors[f"model.diffusion_model.{name}"] = torch.randn(5)
     if base.backbone.name.startswith("pixart"):
         for name in ("t_block.1.bias", "blocks.0.cross_attn.kv_linear.bias"):
             tensors[f"model.diffusion_model.{name}"] = torch.randn(5)

@@ -120,6 +120,8 @@ class Base:
     """Per block, the sites (`self`, `joint`) whose attention EDiT replaces."""
     prefix: str = ""
     """What a checkpoint puts before the names of the transformer's tensors."""
+    renamed: bool = False
+    """Whether the file's own names are others than the plain ones, prefix included."""
     idle: frozenset[str] = frozenset()
     """Diffusers paths of the backbone's linears that this base lacks, or whose output nothing in it uses."""
     doubt: str = ""
@@ -181,6 +183,9 @@ class Backbone(ABC):
     """What the sites of one block are, for people."""
     relatives: ClassVar[tuple[tuple[str, str], ...]] = ()
     """What has all of its tensors and is not it: a part of a key that only the relative has, and what that is."""
+    ends: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """By host, tensors before and behind the blocks that every whole model has, the first and last of a file's parts
+    among them."""
     real: ClassVar[Real]
     objective: ClassVar[Objective]
     token: ClassVar[int] = 2 * CELL
@@ -193,7 +198,7 @@ class Backbone(ABC):
     """What a pipeline has beside transformer and scheduler to make latents and embeddings with."""
     conditions: ClassVar[tuple[Condition, ...]]
     """What a prompt becomes; `prompt_embeds` is the first."""
-    limits: ClassVar[Mapping[str, tuple[str, int]]]
+    limits: ClassVar[Mapping[str, tuple[str, int]]] = {}
     """Of a pipeline's tokenizers, what people call their limit, and how many tokens of a text are read, those of its
     begin and end included."""
     cleans: ClassVar[bool] = False

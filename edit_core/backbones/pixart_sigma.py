@@ -22,6 +22,12 @@ _SIZE = {"comfy": "csize_embedder.mlp.0.weight", "diffusers": "adaln_single.emb.
 _CAPTION = "y_embedder.y_embedding"  # the empty caption, one row per token; diffusers' files lack it
 
 
+_ENDS = {
+    "comfy": ("final_layer.linear.bias", "t_embedder.mlp.0.bias", "x_embedder.proj.bias", "y_embedder.y_proj.fc1.bias"),
+    "diffusers": ("adaln_single.emb.timestep_embedder.linear_1.bias", "proj_out.bias", "scale_shift_table"),
+}
+
+
 class PixArtSigma(Backbone):
     name = "pixart_sigma"
     title = "PixArt-Σ"
@@ -32,6 +38,7 @@ class PixArtSigma(Backbone):
         (".attn.q_norm.", "a PixArt variant with query/key norms"),
         (".attn1.norm_q.", "a PixArt variant with query/key norms (diffusers names)"),
     )
+    ends = _ENDS
     real: ClassVar[Real] = Real(28, 1152, 16, prompt_tokens=300, attention_graph=24, block_graph=41)
     objective = Diffusion()
     transformer = "PixArtTransformer2DModel"

@@ -33,6 +33,13 @@ _MARKERS = {  # tensors that, with the blocks, tell Stable Diffusion 3 from othe
     "comfy": (),
     "diffusers": ("pos_embed.proj.bias", "context_embedder.bias"),
 }
+_ENDS = {
+    "comfy": (
+        "context_embedder.bias", "final_layer.linear.bias", "t_embedder.mlp.0.bias", "x_embedder.proj.bias",
+        "y_embedder.mlp.0.bias",
+    ),
+    "diffusers": ("norm_out.linear.bias", "proj_out.bias", "time_text_embed.timestep_embedder.linear_1.bias"),
+}  # fmt: skip
 _PROMPT_LINEARS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _PROMPT_ROWS = ("add_q_proj", "to_add_out")  # what only the attention's prompt rows go through
 
@@ -43,6 +50,7 @@ class SD35Medium(Backbone):
     sites: ClassVar[tuple[str, ...]] = ("joint", "self")
     layer: ClassVar[str] = "joint attention and attn2 of one block"
     relatives = (("controlnet_blocks.", "a ControlNet of Stable Diffusion 3"),)
+    ends = _ENDS
     real: ClassVar[Real] = Real(
         24, 1536, 24, prompt_tokens=77 + 256, attention_graph=44, block_graph=74, like_most=2
     )  # CLIP's tokens and T5's; the last block emits no prompt rows

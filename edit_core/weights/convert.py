@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backbones import Base, BaseLinear
+from ..backbones import Base, BaseLinear, plain_name
 from ..basefile import BaseFile
 from ..errors import EDiTError, EDiTModelError
 from ..files import sync_folder, write_file
@@ -96,11 +96,11 @@ def _merge_file(source: Path, target: Path, changes: Mapping[str, list[_Change]]
     with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as data:
         start = 8 + int.from_bytes(data[:8], "little")
         for key, entry in json.loads(data[8:start]).items():
-            if key not in changes:
+            if (name := plain_name(key)) not in changes:
                 continue
             begin, end = (start + offset for offset in entry["data_offsets"])
             tensor = torch.frombuffer(bytearray(data[begin:end]), dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
-            for rows, difference, part in changes[key]:
+            for rows, difference, part in changes[name]:
                 added = in_full(difference, part)
                 if added is not None:
                     tensor[rows] = (tensor[rows].float() + added).to(tensor.dtype)

@@ -32,6 +32,7 @@ from host import (  # first, since it readies ComfyUI to be imported
     with_lora,
 )
 import inside_differences
+import inside_files
 import inside_hostile
 import inside_piecewise
 import torch
@@ -479,4 +480,12 @@ def check_checkpoint_keys_are_unchanged(b: str) -> Any:
     return None
 
 
-main({**globals(), **vars(inside_differences), **vars(inside_hostile), **vars(inside_piecewise)})
+main(
+    {
+        **globals(),
+        **vars(inside_differences),
+        **vars(inside_files),
+        **vars(inside_hostile),
+        **vars(inside_piecewise),
+    }
+)
