@@ -24,11 +24,6 @@ pytest.importorskip(
 AB, CALIBRATE = "small_world_pixart_sigma_ab", "small_world_pixart_sigma_calibrate"
 BENCHMARK = "small_world_pixart_sigma_benchmark"
 BLOCKS = 6  # of the small world's models
-PLACES = {
-    "model_name": ".", "edit_name": "edit", "vae_name": "vae", "lora_name": "loras", "control_net_name": "controlnet",
-    **dict.fromkeys(("clip_name", "clip_name1", "clip_name2", "clip_name3"), "text_encoders"),
-}  # fmt: skip
-"""In which models folder a node's input names a file."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,17 +36,7 @@ server = workflows.server
 
 @pytest.fixture(scope="session")
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models folder of empty files: the small world's come with the pack, and no other template is run here."""
-    folder = tmp_path_factory.mktemp("browser") / "models"
-    for name in ("diffusion_models", "checkpoints", *PLACES.values()):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for name in workflows.NAMES:
-        if not name.startswith("small_world"):
-            for node in workflows.read_api(name).values():
-                for key, place in PLACES.items():
-                    if (file := node["inputs"].get(key)) is not None:
-                        (folder / place / file).touch()
-    return folder
+    return workflows.write_stand_ins(tmp_path_factory.mktemp("browser"))
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +159,42 @@ def test_picker_slider_and_badge_after_a_run(tab: Tab) -> None:
     assert f"3/{BLOCKS} linear" in tab.badges("EDiTApply")
     assert tab.complaints == []
     assert tab.outside == set()
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("pixart_sigma_edit", 2), ("sd35_medium_edit", 3)])
+def test_a_real_models_template_draws_without_weights(tab: Tab, name: str, blocks: int) -> None:
+    tab.open_template(name)
+    tab.page.evaluate(
+        """file => {
+          const old = app.graph._nodes.find(({ type }) => ["CLIPLoader", "TripleCLIPLoader"].includes(type));
+          const small = LiteGraph.createNode("CLIPLoader");
+          app.graph.add(small);
+          for (const [name, value] of Object.entries({ clip_name: file, type: "sd3" }))
+            small.widgets.find(widget => widget.name === name).value = value;
+          for (const link of [...old.outputs[0].links].map(id => app.graph.links[id]))
+            small.connect(0, app.graph.getNodeById(link.target_id), link.target_slot);
+          app.graph.remove(old);
+        }""",
+        "random_clip_l.safetensors",
+    )
+    seed = {"seed": 7, "control_after_generate": "fixed"}
+    for widget, value in {"steps": 2, "width": workflows.WIDTH, "height": workflows.HEIGHT, **seed}.items():
+        tab.set(widget, value)
+    (node,) = (node for node in tab.prompt().values() if node["class_type"] == "EDiTApply")
+    assert "edit_weights" not in node["inputs"] and node["inputs"]["quality"] == "balanced"
+    fast = tab.draw()["edit"]
+    assert fast.shape == (workflows.HEIGHT, workflows.WIDTH, 3) and fast.std() > 10
+    assert f"{blocks}/{blocks} linear" in tab.badges("EDiTApply")
+    tab.look_at("EDiTApply", 1.5)
+    tab.settle(".edit-picker-strip")
+    assert tab.page.locator(".edit-picker-strip > span").count() == blocks
+    tab.set("quality", "fast")
+    assert not np.array_equal(tab.draw()["edit"], fast)
+    tab.select("EDiTApply")
+    tab.command("Comfy.Canvas.ToggleSelectedNodes.Bypass")
+    (plain,) = workflows.draw(tab.server, name.removesuffix("_edit"), seed=7).values()
+    assert np.array_equal(tab.draw()["edit"], plain)
+    assert tab.complaints == []
 
 
 def test_bypassing_apply_gives_the_teachers_picture_bit_for_bit(tab: Tab) -> None:
