@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edit_core import EDiTConfig, apply_edit
+from edit_core.attention import SideAttention
 from edit_core.attention.call import Grid, Image, Projections, Sides
 from edit_core.attention.linear import merge_heads, split_heads
 from edit_core.attention.pieces import Piecewise
@@ -176,7 +177,7 @@ def compared(backbone: str, name: str, size: int, scenes: int) -> dict[str, Any]
     batches = [batch_of(backbone, shown[i : i + _BATCH], size) for i in range(0, scenes, _BATCH)]
     with apply_edit(transformer, config) as handle:
         for side in handle.sides.modules():
-            if hasattr(side, "form"):
+            if isinstance(side, SideAttention):
                 side.form = _Compared(FORMS[name], _plan(grid).keys(grid), counted)
         error = teacher_distance(transformer, handle, backbone_named(backbone), batches).prediction
     keys = sum(counted) / len(counted)
