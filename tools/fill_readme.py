@@ -11,14 +11,16 @@ from edit_core.backbones import backbone_named
 from edit_core.bench import Measurement, table
 from edit_core.bench.report import series, title_of
 from edit_core.world import BACKBONES
+from world.compare_piecewise import FORMS
 from world.table import METHODS, TEACHER
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASUREMENTS, TRAINING = ROOT / "docs" / "bench_cpu.json", ROOT / "docs" / "bench_training.json"
-WORLD = ROOT / "docs" / "world.json"
+WORLD, PIECEWISE = ROOT / "docs" / "world.json", ROOT / "docs" / "piecewise.json"
 SHOWN = {
     TEACHER: "the teacher's softmax",
     "local": "EDiT, `local` (default)",
+    "piecewise": "`piecewise`, without weights",
     "edit": "EDiT, `paper`",
     "sana": "`sana`",
     "linfusion": "`linfusion`",
@@ -197,7 +199,24 @@ def filled_world(guide: str) -> str:
     rows = json.loads(WORLD.read_text(encoding="utf-8"))
     for backbone in BACKBONES:
         guide = between(guide, backbone, world_tables([row for row in rows if row["backbone"] == backbone]))
-    return guide
+    return between(guide, "piecewise", piecewise_table(json.loads(PIECEWISE.read_text(encoding="utf-8"))))
+
+
+def piecewise_table(rows: list[dict[str, Any]]) -> str:
+    """The forms that are exact for a part of the keys, a line each: keys per query, and errors without training."""
+    sizes = sorted({row["tokens"] for row in rows})
+    heads = [f"{n:,} tokens: {part}" for n in sizes for part in ("keys", *(backbone_named(b).title for b in BACKBONES))]
+    lines = [f"| attention | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for name, form in FORMS.items():
+        cells = [form.title]
+        for tokens in sizes:
+            found = {row["backbone"]: row for row in rows if (row["form"], row["tokens"]) == (name, tokens)}
+            cells += [f"{found[BACKBONES[0]]['keys']:.0f}", *(f"{found[b]['error']:.5f}" for b in BACKBONES)]
+        lines.append(f"| {' | '.join(cells)} |")
+    scenes = [
+        f"{max(row['scenes'] for row in rows if row['tokens'] == tokens)} at {tokens:,} tokens" for tokens in sizes
+    ]
+    return "\n".join([*lines, "", f"Held-out scenes: {' and '.join(scenes)}."])
 
 
 def _about(backbone: str, run: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """Draw the small world's captions with the shipped teachers, their EDiT students and piecewise attention, and compare.
 
-All get the same captions and the same noise; piecewise attention needs no weights. A reader without anything learnt says
-how many of the captions' attributes each picture has right; one call of the transformer is timed at two sizes, in
-alternation. The teachers are real PixArt-Σ and SD3.5-Medium architectures of a few million parameters; full-sized ones are timed by `bench`.
+All get the same captions and the same noise; piecewise attention needs no weights. A reader without anything learnt
+says how many of the captions' attributes each picture has right; one call of the transformer is timed at two sizes, in
+alternation. The teachers are real PixArt-Σ and SD3.5-Medium architectures of a few million parameters; full-sized ones
+are timed by `bench`.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ def run(options: Any) -> Result:
     output.mkdir(parents=True, exist_ok=True)
     rows = [_compare(one.name, options, device, output) for one in backbones_of(options, BACKBONES)]
     shown, students = ", ".join(SHOWN.values()), [who for who in SHOWN if who != TEACHER]
+    others = ", ".join(SHOWN[who] for who in students)
     head = [
         f"The small world: {options.pictures} captions at {options.size}², {options.steps} steps, the same noise for "
         f"all; {options.dtype} on {device_name(device)}. {WITHOUT_WEIGHTS}: without any weights or training",
         "",
         f"| model | attributes right: {shown} | s per picture: {shown} | s per call at {options.size}²: {shown} | "
-        f"s per call at {LARGE}²: {shown} | speed at {LARGE}²: {', '.join(SHOWN[who] for who in students)} | "
-        "bit-equal after removal |",
+        f"s per call at {LARGE}²: {shown} | speed at {LARGE}²: {others} | bit-equal after removal |",
         "|---|---|---|---|---|---|---|",
     ]
     lines = []
