@@ -172,8 +172,7 @@ def test_a_users_attention_arguments_pass_by_position_too_and_stay_as_they_are(b
     given: dict[str, Any] = {}
     caption, latent = torch.randn(1, 7, 64), torch.randn(1, model.config.in_channels, 34, 40)
     time, pooled = torch.tensor([300]), torch.randn(1, 32)
-    added = models.sizes(model, 1, 34, 40)
-    more = (time, added) if backbone.startswith("pixart") else (pooled, time, None)
+    more = (time, models.sizes(model, 1, 34, 40)) if backbone.startswith("pixart") else (pooled, time, None)
     with apply_edit(model, models.trained_like(model)):
         by_position = model(latent, caption, *more, given).sample
         assert torch.equal(model(latent, caption, *more).sample, by_position)
