@@ -195,6 +195,23 @@ def test_every_joint_attention_gives_prompt_rows_as_diffusers_does() -> None:
     assert shapes[:3] == shapes[3:]
 
 
+@torch.no_grad()
+def test_a_tap_is_not_given_the_prompt_rows_that_the_last_block_drops() -> None:
+    model = models.sd35(dual=())
+    seen: list[bool] = []
+
+    def tap(key: str, dense: Callable[[], Any], edit: Callable[[], Any]) -> Any:
+        output = edit()
+        seen.append(output[1] is None)
+        return output
+
+    with apply_edit(model, models.trained_like(model)) as handle:
+        linear = models.forward(model)
+        handle.tap = tap
+        assert torch.equal(models.forward(model), linear)
+    assert seen == [False, False, True], "a loss would compare them with the teacher's"
+
+
 @pytest.mark.parametrize("kind", ["student", "piecewise"])
 @torch.no_grad()
 def test_layers_whose_attention_is_skipped_are_those_that_diffusers_skips(kind: str) -> None:

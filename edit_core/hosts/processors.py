@@ -162,10 +162,8 @@ class Processor:
         dense = partial(self.original, attn, hidden_states, encoder_hidden_states, attention_mask, **more)
         if call is None or reason is not None:
             return dense()
-        if call.tap is None:
-            return self.edit(attn, hidden_states, encoder_hidden_states, call.grid, attention_mask)
         edit = partial(self.edit, attn, hidden_states, encoder_hidden_states, call.grid, attention_mask)
-        return call.tap(self.key, dense, edit)
+        return self.whole(edit() if call.tap is None else call.tap(self.key, dense, edit), encoder_hidden_states)
 
     @property
     def keeps_masks(self) -> bool:
@@ -175,6 +173,10 @@ class Processor:
     @abstractmethod
     def edit(self, attn: Any, x: Tensor, prompt: Any, grid: Grid, mask: Tensor | None = None) -> Any:
         """The replaced attention, output projection included."""
+
+    def whole(self, output: Any, prompt: Any) -> Any:
+        """What :meth:`edit` gave as the original gives it."""
+        return output
 
     def projections(self, attn: Any, x: Tensor) -> Projections:
         """The base's `q, k, v` of image tokens `(B, N, C)`."""
@@ -210,7 +212,7 @@ class JointProcessor(Processor):
 
     def edit(
         self, attn: Any, x: Tensor, prompt: Tensor, grid: Grid, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         changed = self.site.changed
         q_p = changed("add_q_proj", prompt, attn.add_q_proj(prompt))  # (B, P, C)
         k_p = changed("add_k_proj", prompt, attn.add_k_proj(prompt))  # (B, P, C)
@@ -225,9 +227,12 @@ class JointProcessor(Processor):
             attn.norm_k,
             prompt_rows=not attn.context_pre_only,
         )  # (B, N, C), (B, P, C) or None
-        # The last block's caller drops the prompt rows, but caches in between want a tensor, as of diffusers' own.
-        prompt_out = prompt if y_prompt is None else changed("to_add_out", y_prompt, attn.to_add_out(y_prompt))
+        prompt_out = None if y_prompt is None else changed("to_add_out", y_prompt, attn.to_add_out(y_prompt))
         return self.output(attn, y_image), prompt_out
+
+    def whole(self, output: Any, prompt: Any) -> Any:
+        # The last block's caller drops the prompt rows, but caches in between want a tensor, as of diffusers' own.
+        return output if output[1] is not None else (output[0], prompt)
 
 
 class _StandIn(type):
