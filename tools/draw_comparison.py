@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "comparison.jpg"
-ROWS = ("as asked", "teacher", "EDiT")
+ROWS = ("as asked", "teacher", "EDiT", "piecewise")
 COLUMNS, GAP, TILE, MARGIN = 6, 4, 128, 92
 """How many pictures are shown; pixels between those of the demo; a picture's side; what the rows' names take."""
 
