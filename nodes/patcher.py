@@ -28,7 +28,7 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 
 from ..edit_core import EDiTConfig, EDiTWeights
 from ..edit_core.attention import SideAttention
-from ..edit_core.backbones import Backbone, Base, HostCall, identify_module, unwrapped
+from ..edit_core.backbones import Backbone, Base, HostCall, identify_module, plain_name, unwrapped
 from ..edit_core.hosts.dense import DenseLog, dense_reason
 from ..edit_core.layers import format_layers
 from ..edit_core.weights import weights_for
@@ -238,9 +238,12 @@ def origin(found: Any) -> str:
 
 
 @contextlib.contextmanager
-def watched(running: Running, diffusion_model: Any) -> Iterator[list[str]]:
+def watched(running: Running, diffusion_model: Any, wanted: bool) -> Iterator[list[str]]:
     """Looks, before every module's forward, who has a replaced forward's place; gives the first that it finds."""
     found: list[str] = []
+    if not wanted:
+        yield found
+        return
 
     def look(*_: Any) -> None:
         if not found and (who := holder(running, diffusion_model)):
@@ -291,7 +294,7 @@ def _make_wrapper(injection: EDiTInjection) -> Callable[..., Any]:
         before, running.under_way.call = running.under_way.call, call
         _CALLS[model] = _CALLS.get(model, 0) + 1
         try:
-            with watched(running, model.diffusion_model) if injection.watch else contextlib.nullcontext([]) as seen:
+            with watched(running, model.diffusion_model, injection.watch) as seen:
                 output = executor(x, *args, **kwargs)
         finally:
             running.under_way.call = before
@@ -374,7 +377,11 @@ def base_tensor(model: Any) -> Callable[[str], torch.Tensor]:
     def tensor(key: str) -> torch.Tensor:
         path = f"diffusion_model.{key}"
         # Not of all keys at once: a GGUF base's state dict also has names that no module bears.
-        found: torch.Tensor = model.get_key_patches(path)[path][0][0]
+        patches = model.get_key_patches(path)
+        if path not in patches:  # another node's compiled blocks are in the model just now
+            path = next(name for name in model.model.state_dict() if plain_name(name) == path)
+            patches = model.get_key_patches(path)
+        found: torch.Tensor = patches[path][0][0]
         return found
 
     return tensor

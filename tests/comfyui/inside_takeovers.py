@@ -6,7 +6,7 @@ import types
 from typing import Any
 from unittest import mock
 
-from host import apply, load, logged, same, sample, weights
+from host import apply, error, load, logged, run, same, sample, weights
 import torch
 
 from comfy.patcher_extension import WrappersMP
@@ -167,3 +167,21 @@ def check_a_cache_that_repeats_a_call_is_not_taken_for_one_that_has_the_blocks(b
         sample(patched, steps=4)
     assert not taken(lines), lines
     return None
+
+
+def check_blocks_that_another_node_compiled_are_looked_through_before_and_after_a_run(b: str) -> Any:
+    base, w = load(b, "fp32"), weights(b)
+    plain, want, one = sample(base), sample(apply(base, w)), sample(apply(base, w, layers="0"))
+    made = run("EDiTInit", model=base, compression=4, layers="0")
+    compiled, name = base.clone(), "joint_blocks" if blocks_of(base)[0] == "joint_blocks" else "blocks"
+    for place, block in enumerate(getattr(base.model.diffusion_model, name)):
+        compiled.add_object_patch(f"diffusion_model.{name}.{place}", torch.compile(block, backend="eager"))
+    figures = {
+        "all": error(sample(apply(compiled, w)), want),
+        "one block, after a run": error(sample(apply(compiled, w, layers="0")), one),
+    }
+    again = run("EDiTInit", model=compiled, compression=4, layers="0")  # while the compiled ones are in the model
+    assert again.base_hash == made.base_hash
+    figures["the base"] = error(sample(compiled), plain)
+    assert max(figures.values()) < 1e-4, figures
+    return figures
