@@ -289,7 +289,7 @@ def test_what_is_no_transformer_is_named_and_a_pipeline_said_to_have_one() -> No
     for use in (identify_module, EDiTWeights.init, lambda given: apply_edit(given, EDiTConfig.preset("piecewise"))):
         with pytest.raises(EDiTModelError, match=r"a Pipeline is no transformer: hand in its \.transformer"):
             use(Pipeline())
-        with pytest.raises(EDiTModelError, match="a str is no transformer$"):
+        with pytest.raises(EDiTModelError, match=r"a str is no transformer$"):
             use("model.safetensors")
     with pytest.raises(EDiTModelError, match="this Wrapper holds a PixArt-Σ as its model; hand in that one"):
         apply_edit(Wrapper(models.pixart()), EDiTConfig.preset("piecewise"))
