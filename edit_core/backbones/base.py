@@ -259,7 +259,7 @@ class Backbone(ABC):
         return height // self.token, width // self.token
 
     def largest_side(self, transformer: Any) -> int | None:
-        """Pixels per side of the largest picture that a transformer of either host draws; None where there is no limit."""
+        """Pixels per side of the largest picture that a host's transformer draws; None where there is no limit."""
         return None
 
     # diffusers
