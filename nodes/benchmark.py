@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..edit_core import EDiTError
-from ..edit_core.backbones import CELL, Backbone, Condition
+from ..edit_core.backbones import CELL, Backbone, Condition, unwrapped
 from ..edit_core.errors import quoted
 from ..edit_core.runtime import timed
 from . import charts
@@ -66,8 +66,10 @@ class EDiTBenchmark(io.ComfyNode):
         check_values(cls, repeats=repeats)
         models, sides = (model_a, model_b), parse_sizes(sizes)
         bases = [identify_model(model) for model in models]
-        for base, side in ((base, side) for base in bases for side in sides):
-            base.backbone.comfy_grid(side // CELL, side // CELL)  # says which size it cannot draw, before any is timed
+        for base, model in zip(bases, models, strict=True):
+            for side in sides:  # says which size it cannot draw, before any is timed
+                base.backbone.comfy_grid(side // CELL, side // CELL)
+                base.backbone.check_size(side, side, unwrapped(model.get_model_object("diffusion_model")))
         bar = comfy.utils.ProgressBar(len(sides) * (repeats + 1) * 2)
         times: dict[int, tuple[list[float], list[float]]] = {}
         for side in sides:

@@ -7,11 +7,13 @@ some, are weight patches as a LoRA's are.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 
 from ..edit_core import EDiTConfig, EDiTWeights
 from ..edit_core.attention import SideAttention
-from ..edit_core.backbones import Backbone, Base, HostCall, identify_module
+from ..edit_core.backbones import Backbone, Base, HostCall, identify_module, plain_name, unwrapped
 from ..edit_core.hosts.dense import DenseLog, dense_reason
 from ..edit_core.layers import format_layers
 from ..edit_core.weights import weights_for
@@ -61,12 +63,28 @@ class Application:
         return float(sampling.percent_to_sigma(self.end_percent)) <= float(options["sigmas"].max()) <= start
 
 
-class Call(NamedTuple):
+@dataclass
+class Call:
     """One call of a base model."""
 
     host: HostCall
     active: tuple[bool, ...]
     """Per application, whether the call is one for it."""
+    ran: bool = False
+    """Whether a replaced forward has been called. Set and not counted, since compiled graphs guard what they read."""
+
+    def wanted(self, applications: tuple[Application, ...]) -> bool:
+        """Whether any block is to be linear in it."""
+        return any(on and each.blocks for on, each in zip(self.active, applications, strict=True))
+
+
+class Placed(NamedTuple):
+    """A replaced forward."""
+
+    path: str
+    """Of the block's module, below `diffusion_model`."""
+    module: torch.nn.Module
+    forward: Callable[..., Any]
 
 
 class UnderWay(threading.local):
@@ -80,12 +98,18 @@ class Running:
     """An injection at work in one base model: what to undo, and the calls that are under way."""
 
     injection: EDiTInjection
+    placed: list[Placed] = field(default_factory=list)
     restore: list[Callable[[], None]] = field(default_factory=list)
     under_way: UnderWay = field(default_factory=UnderWay)
 
 
 # Keyed by the BaseModel, since the replaced forwards and the wrapper meet in nothing else; PixArt passes no options.
 _RUNNING: weakref.WeakKeyDictionary[Any, Running] = weakref.WeakKeyDictionary()
+
+# The blocks that an injection found last, while no other pack held their places: kept for who injects within a call.
+_BLOCKS: weakref.WeakKeyDictionary[Any, dict[str, torch.nn.Module]] = weakref.WeakKeyDictionary()
+_CALLS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+"""How many calls of a base model are under way, in any thread."""
 
 
 class EDiTInjection(PatcherInjection):
@@ -95,22 +119,39 @@ class EDiTInjection(PatcherInjection):
         super().__init__(self._inject, self._eject)
         self.applications = applications
         self.log = DenseLog(logging.INFO)
+        self.ran = False
+        """Whether any of its forwards has ever been called in a call that was for it."""
+        self.watch = False
+        """Whether the next call is to be watched for who has the blocks."""
 
-    def _inject(self, patcher: Any) -> None:
+    def _inject(self, patcher: Any, again: bool = False) -> None:
+        """Args: again: whether this is within a call, where another pack may hold the places of the blocks."""
         self._eject(patcher)
+        known = _BLOCKS.setdefault(patcher.model, {})
+        if not again and not _CALLS.get(patcher.model):
+            known.clear()
         diffusion_model = patcher.get_model_object("diffusion_model")
         held = iter(patcher.get_additional_models_with_key(KEY))
         sides: list[Any] = [next(held).model if each.bare is None else each.bare for each in self.applications]
         running = _RUNNING[patcher.model] = Running(self)
         backbone = self.applications[0].backbone
         for block in sorted({block for application in self.applications for block in application.blocks}):
-            module = comfy.utils.get_attr(diffusion_model, backbone.comfy_path(block))
+            path = backbone.comfy_path(block)
+            if path not in known:
+                known[path] = unwrapped(comfy.utils.get_attr(diffusion_model, path))
+            module = known[path]
             candidates = [
                 (i, side[str(block)])
                 for i, (application, side) in enumerate(zip(self.applications, sides, strict=True))
                 if block in application.blocks
             ]
-            running.restore.append(replace_forward(module, self._forward(module, candidates[::-1], running, backbone)))
+            forward = self._forward(module, candidates[::-1], running, backbone)
+            running.placed.append(Placed(path, module, forward))
+            running.restore.append(replace_forward(module, forward))
+
+    def take_up(self, patcher: Any) -> None:
+        """Injects anew within a call."""
+        self._inject(patcher, again=True)
 
     def _eject(self, patcher: Any) -> None:
         running = _RUNNING.pop(patcher.model, None)
@@ -128,6 +169,8 @@ class EDiTInjection(PatcherInjection):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = running.under_way.call
+            if call is not None:
+                call.ran = True
             # The application that came last has the first word; begin_call said why one is not active.
             sides = next((sides for i, sides in candidates if call is None or call.active[i]), None)
             if sides is None:
@@ -156,6 +199,62 @@ class EDiTInjection(PatcherInjection):
             active.append(reason is None)
         return Call(HostCall(grid, optimized_attention), tuple(active))
 
+    def note_taken(self, running: Running, diffusion_model: Any, seen: str | None) -> None:
+        """Says that a call that was for it had none of its forwards run, and who has the blocks, if that is known.
+
+        A cache of steps rightly runs none where it repeats an earlier call, but not from the first one on.
+        """
+        who = seen or holder(running, diffusion_model)
+        self.watch = who is None and not self.ran
+        if who is not None:
+            self.log.note(f"none of its blocks ran in a call of the model: {who}")
+        elif not self.ran:
+            self.log.note("none of its blocks ran in a call of the model: something within that call has their places")
+
+
+def holder(running: Running, diffusion_model: Any) -> str | None:
+    """Who has the place of a replaced forward just now, or of the model's own; None where nobody does."""
+    injection = running.injection
+    for path, module, forward in running.placed:
+        if module.forward is not forward:
+            return f"{origin(module.forward)} has {path}.forward"
+        try:
+            found = unwrapped(comfy.utils.get_attr(diffusion_model, path))
+        except AttributeError:
+            found = comfy.utils.get_attr(diffusion_model, path.partition(".")[0])[0]
+        if found is not module and not injection.ran:
+            return f"{origin(found)} has the place of {path}"
+    if "forward" in vars(diffusion_model) and not injection.ran:
+        return f"{origin(diffusion_model.forward)} has the model's forward"
+    return None
+
+
+def origin(found: Any) -> str:
+    """Module and name of a function, or of an object's class."""
+    while isinstance(found, functools.partial):
+        found = found.func
+    named = found if hasattr(found, "__qualname__") else getattr(found, "__func__", type(found))
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+@contextlib.contextmanager
+def watched(running: Running, diffusion_model: Any, wanted: bool) -> Iterator[list[str]]:
+    """Looks, before every module's forward, who has a replaced forward's place; gives the first that it finds."""
+    found: list[str] = []
+    if not wanted:
+        yield found
+        return
+
+    def look(*_: Any) -> None:
+        if not found and (who := holder(running, diffusion_model)):
+            found.append(who)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
 
 def replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Sets an instance's forward; returns what restores it exactly, another pack's object patch included."""
@@ -164,7 +263,8 @@ def replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Cal
         module.forward = forward
         return lambda: setattr(module, "forward", previous)
     module.forward = forward
-    return lambda: delattr(module, "forward")
+    # Not delattr: another pack may have taken its own away, and this with it.
+    return lambda: module.__dict__.pop("forward", None)
 
 
 def running_for(injection: EDiTInjection, model: Any) -> Running | None:
@@ -178,7 +278,7 @@ def running_for(injection: EDiTInjection, model: Any) -> Running | None:
         patcher = model.current_patcher
         if patcher is None or injection not in (patcher.get_injections(KEY) or ()):
             return None
-        injection.inject(patcher)
+        injection.take_up(patcher)
         running = _RUNNING[model]
     return running
 
@@ -189,11 +289,21 @@ def _make_wrapper(injection: EDiTInjection) -> Callable[..., Any]:
         if running is None:
             return executor(x, *args, **kwargs)
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[4]
-        before, running.under_way.call = running.under_way.call, injection.begin_call(executor.class_obj, x, options)
+        model = executor.class_obj
+        call = injection.begin_call(model, x, options)
+        before, running.under_way.call = running.under_way.call, call
+        _CALLS[model] = _CALLS.get(model, 0) + 1
         try:
-            return executor(x, *args, **kwargs)
+            with watched(running, model.diffusion_model, injection.watch) as seen:
+                output = executor(x, *args, **kwargs)
         finally:
             running.under_way.call = before
+            _CALLS[model] -= 1
+        if call.ran:
+            injection.ran = True
+        elif _RUNNING.get(model) is running and call.wanted(injection.applications):
+            injection.note_taken(running, model.diffusion_model, next(iter(seen), None))
+        return output
 
     return edit_apply_model
 
@@ -267,7 +377,11 @@ def base_tensor(model: Any) -> Callable[[str], torch.Tensor]:
     def tensor(key: str) -> torch.Tensor:
         path = f"diffusion_model.{key}"
         # Not of all keys at once: a GGUF base's state dict also has names that no module bears.
-        found: torch.Tensor = model.get_key_patches(path)[path][0][0]
+        patches = model.get_key_patches(path)
+        if path not in patches:  # another node's compiled blocks are in the model just now
+            path = next(name for name in model.model.state_dict() if plain_name(name) == path)
+            patches = model.get_key_patches(path)
+        found: torch.Tensor = patches[path][0][0]
         return found
 
     return tensor

@@ -12,7 +12,7 @@ from diffusers import SD3ControlNetModel
 from safetensors.torch import save_file
 from support import models
 
-from edit_core import EDiTConfig, EDiTModelError, EDiTWeights, backbones
+from edit_core import EDiTConfig, EDiTModelError, EDiTWeights, apply_edit, backbones
 from edit_core.backbones import (
     BACKBONES,
     Backbone,
@@ -290,3 +290,41 @@ def test_every_backbone_has_its_own_name() -> None:
 def test_sizes_that_cannot_be_drawn(side: int, said: str) -> None:
     with pytest.raises(EDiTModelError, match=said):
         BACKBONES["sd35_medium"].check_size(side, side, models.sd35())
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def test_what_is_no_transformer_is_named_and_a_pipeline_said_to_have_one() -> None:
+    class Pipeline:
+        transformer = models.sd35()
+
+    for use in (identify_module, EDiTWeights.init, lambda given: apply_edit(given, EDiTConfig.preset("piecewise"))):
+        with pytest.raises(EDiTModelError, match=r"a Pipeline is no transformer: hand in its \.transformer"):
+            use(Pipeline())
+        with pytest.raises(EDiTModelError, match=r"a str is no transformer$"):
+            use("model.safetensors")
+    with pytest.raises(EDiTModelError, match="this Wrapper holds a PixArt-Σ as its model; hand in that one"):
+        apply_edit(Wrapper(models.pixart()), EDiTConfig.preset("piecewise"))
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+@pytest.mark.parametrize("whole", [True, False], ids=["the model", "its blocks"])
+def test_a_compiled_transformer_is_applied_to_as_the_one_in_it(backbone: str, whole: bool) -> None:
+    model = models.make(backbone)
+    weights = models.trained_like(model)
+    with torch.no_grad(), apply_edit(model, weights):
+        want = models.forward(model)
+    plain = models.forward(model)
+    compiled = torch.compile(model, backend="eager") if whole else model
+    for place, block in enumerate(() if whole else model.transformer_blocks):
+        model.transformer_blocks[place] = torch.compile(block, backend="eager")
+    assert set(EDiTWeights.init(compiled).tensors) == set(weights.tensors)
+    with torch.no_grad(), apply_edit(compiled, weights):
+        assert models.relative_error(models.forward(model), want) < 1e-5
+        if not whole:
+            assert models.relative_error(models.forward(compiled), want) < 1e-5
+    assert models.relative_error(models.forward(model), plain) < 1e-6

@@ -242,7 +242,7 @@ class Backbone(ABC):
         Args:
             height: in pixels.
             width: in pixels.
-            transformer: of diffusers, whose own limit counts too.
+            transformer: of either host, whose own limit counts too.
 
         Raises:
             EDiTModelError: it cannot draw this size.
@@ -259,7 +259,7 @@ class Backbone(ABC):
         return height // self.token, width // self.token
 
     def largest_side(self, transformer: Any) -> int | None:
-        """Pixels per side of the largest picture that a diffusers transformer draws; None where there is no limit."""
+        """Pixels per side of the largest picture that a host's transformer draws; None where there is no limit."""
         return None
 
     # diffusers

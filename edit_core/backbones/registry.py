@@ -192,6 +192,9 @@ def identify_module(module: nn.Module) -> Base:
 
     What torch.compile and PEFT put around a model and its parts is looked through.
     """
+    if not isinstance(module, nn.Module):
+        hint = ": hand in its .transformer" if isinstance(getattr(module, "transformer", None), nn.Module) else ""
+        raise EDiTModelError(f"a {type(module).__name__} is no transformer{hint}")
     shapes = {key: tuple(value.shape) for key, value in module_tensors(module).items()}
     found = _find(shapes)
     source = f"this {type(unwrapped(module)).__name__}"

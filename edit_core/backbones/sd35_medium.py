@@ -97,7 +97,9 @@ class SD35Medium(Backbone):
         return attention_linears(path, f"{comfy}.x_block.attn") + prompt
 
     def largest_side(self, transformer: Any) -> int | None:
-        return self.token * int(transformer.config.pos_embed_max_size)  # its table of positions has an end
+        """Its table of positions has an end, in ComfyUI's model as in diffusers'; without a table there is none."""
+        most = getattr(getattr(transformer, "config", transformer), "pos_embed_max_size", None)
+        return None if most is None else self.token * int(most)
 
     # diffusers
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..attention import Grid, SideAttention
-from ..backbones import identify_module, module_tensors
+from ..backbones import identify_module, module_tensors, unwrapped
 from ..config import EDiTConfig
 from ..crossover import MinTokens, resolve
 from ..errors import EDiTModelError
@@ -222,7 +222,7 @@ def apply_edit(
     transformer's state dict holds all of them, too, until they are removed: save the base itself after that.
 
     Args:
-        transformer: a `PixArtTransformer2DModel` or `SD3Transformer2DModel`.
+        transformer: a `PixArtTransformer2DModel` or `SD3Transformer2DModel`, or what torch.compile made of one.
         weights: EDiT weights for it; or the config of an attention that needs none, `EDiTConfig.preset("piecewise")`.
         layers: the blocks to make linear: `"all"`, `"none"` or a list such as `"0, 3-9, 27"`.
         min_tokens: pictures of fewer image tokens keep the transformer's own attention; `"auto"` for the crossover that
@@ -237,9 +237,15 @@ def apply_edit(
         EDiTWeightsError: the weights do not fit it.
         EDiTError: a bad `layers` text or `min_tokens`, or a damaged cache of crossovers.
     """
+    transformer = unwrapped(transformer)
     base = identify_module(transformer)
     if base.host != "diffusers":
         raise EDiTModelError(f"apply_edit takes a diffusers transformer, and this is {base}")
+    if base.prefix:
+        raise EDiTModelError(
+            f"this {type(transformer).__name__} holds a {base.backbone.title} as its {base.prefix.rstrip('.')}; "
+            "hand in that one"
+        )
     weights = weights_for(base, weights)
     blocks = weights.choose(layers, base)
     tokens = resolve(min_tokens, base.backbone.name, transformer.dtype, transformer.device)
@@ -257,7 +263,7 @@ def apply_edit(
     for block in blocks:
         for site, side in sides[str(block)].items():  # type: ignore[operator]
             own = {x.name: changes[x.diffusers] for x in base.backbone.linears(block, site) if x.diffusers in changes}
-            attention = transformer.get_submodule(base.backbone.diffusers_path(block, site))
+            attention = unwrapped(transformer.get_submodule(base.backbone.diffusers_path(block, site)))
             handle.install(f"{block}.{site}", attention, PROCESSORS[site], side, own)
     dense = set(range(base.depth)) - set(blocks)
     if dense:

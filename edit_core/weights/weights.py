@@ -106,8 +106,9 @@ class EDiTWeights:
             EDiTModelError: not a transformer that EDiT knows, or one whose weights are not in memory.
             EDiTError: a bad `layers` text, or one that names no block; a bad rank; nothing that could be trained.
         """
+        base = identify_module(transformer)
         tensor = module_tensors(transformer).__getitem__
-        return cls.init_for(identify_module(transformer), tensor, config, layers, seed, trainable, rank)
+        return cls.init_for(base, tensor, config, layers, seed, trainable, rank)
 
     @classmethod
     def init_for(

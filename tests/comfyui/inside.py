@@ -35,6 +35,7 @@ import inside_differences
 import inside_files
 import inside_hostile
 import inside_piecewise
+import inside_takeovers
 import torch
 
 import comfy.lora
@@ -101,7 +102,7 @@ def check_clones_do_not_change_their_parent(b: str) -> Any:
     both = sample(child)
     same(sample(parent), first, "parent")
     same(sample(apply(base, w, layers="0-1")), both, "0 then 1 is 0-1")
-    assert error(both, first) > 1e-4
+    assert error(both, first) > 1e-4, error(both, first)
     return None
 
 
@@ -487,5 +488,6 @@ main(
         **vars(inside_files),
         **vars(inside_hostile),
         **vars(inside_piecewise),
+        **vars(inside_takeovers),
     }
 )

@@ -61,3 +61,18 @@ def check_what_a_pickle_holds_beside_its_tensors_is_named(b: str) -> Any:
     load_file_named(path.name)
     path.unlink()
     return said
+
+
+def check_a_benchmark_past_the_table_of_positions_is_refused_before_any_call(b: str) -> Any:
+    base = load(b)
+    most = base.model.diffusion_model.__dict__.get("pos_embed_max_size")
+    if most is None:
+        assert b.startswith("pixart")
+        return None
+    return [
+        user_error(
+            f"draws at most {most * 16} pixels per side, and cannot draw {side}x{side}",
+            run, "EDiTBenchmark", model_a=base, model_b=base, sizes=f"512, {side}", repeats=1,
+        )
+        for side in (most * 16 + 16, 2048)
+    ]  # fmt: skip
