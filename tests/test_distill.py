@@ -23,6 +23,7 @@ from support.train_child import stop_after
 from edit_core import EDiTConfig, EDiTConfigError, EDiTError, EDiTWeights, apply_edit
 from edit_core.backbones import BACKBONES
 from edit_core.cli import main
+from edit_core.config import PRESETS
 from edit_core.distill.calibrate import calibrate
 from edit_core.distill.checkpoint import latest_checkpoint, save_checkpoint
 from edit_core.distill.config import load_config
@@ -352,7 +353,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path: P
         ("colour.red=1", "colour"),
         ("student.colour=1", "debug: the student's config has fields unknown to this version: colour"),
         ("student={name: red, cls: 1}", "debug: the student's config has fields unknown to this version: cls, name"),
-        ("student.preset=[]", "debug: preset must be one of paper, sana, linfusion, kv_compression, local, not []"),
+        ("student.preset=[]", f"debug: preset must be one of {', '.join(PRESETS)}, not []"),
     ],
 )
 def test_a_wrong_field_is_named_before_anything_is_loaded(override: str, part: str) -> None:
@@ -419,7 +420,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(
         (["cache=/nowhere"], "/nowhere"),
         (["device=cuda"], "device cuda cannot be used here"),
         (["device=gpu"], "device gpu cannot be used here"),
-        (["optimizer=prodigy"], "needs prodigyopt"),
+        (["optimizer=prodigy", "stages.0.lr=1"], "needs prodigyopt"),
         (["layers=none"], "names no block"),
         (["layers=0-7"], "does not exist"),
         (["stages.0.resolution=99"], "99"),
