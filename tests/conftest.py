@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from hypothesis import Phase, settings
 
-from support import comfy
+from support import comfy, models
 
 # The models are small, and processes run side by side: more threads would only wait for one another.
 torch.set_num_threads(1)
@@ -27,9 +27,10 @@ LONGEST = ("test_teaching_comfyui", "test_workflows", "test_end_to_end", "test_c
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `make test` has no time for: all but the newest ComfyUI, and what a module's `PIXART_SLOW` names.
+    """What `make test` has no time for: all but the newest ComfyUI, what a module's `PIXART_SLOW` names, and of the two
+    backbones that are relatives what its `RELATIVES`, where it has that, does not name.
 
-    Those checks and tests look at code that is the same for both models, and take seconds each.
+    Those checks and tests look at code that is the same for all models, and take seconds each.
     """
     items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
     found = comfy.checkouts()
@@ -39,7 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         named = getattr(item.module, "PIXART_SLOW", ())
         slow = given.get("check", item.name.partition("[")[0]) in named
         old = any(isinstance(value, Path) and value in older for value in given.values())
-        if old or (slow and given["backbone"] != "sd35_medium"):
+        relatives = getattr(item.module, "RELATIVES", None)
+        related = relatives is not None and given.get("backbone") not in (None, *models.SHIPPED)
+        left = related and given.get("check", item.name.partition("[")[0]) not in relatives
+        if old or left or (slow and given["backbone"] != "sd35_medium"):
             item.add_marker(pytest.mark.slow)
 
 

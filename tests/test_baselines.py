@@ -26,6 +26,7 @@ from edit_core.attention.joint import JOINTS, NORMALISERS, SOFTMAX_FEATURES
 from edit_core.attention.keys import KEYS
 from edit_core.attention.linear import read, state
 from edit_core.attention.modules import MLPFusion
+from edit_core.attention.plans import QUALITIES
 from edit_core.attention.queries import QUERIES
 from edit_core.backbones import identify, identify_module
 from edit_core.cli import main
@@ -51,6 +52,8 @@ def configs(draw: st.DrawFn) -> EDiTConfig:
     }  # fmt: skip
     if fields["kernel"] == "softmax":
         fields["key"] = "compressor"
+    elif fields["kernel"] == "piecewise":
+        fields.update(key="plain", quality=one_of(*QUALITIES))
     else:
         fields.update(key=one_of(*KEYS), joint=one_of(*JOINTS))
         fields["eps"] = 0.1  # a query that is nearly rectified away would divide rounding by rounding
@@ -503,7 +506,10 @@ def test_a_training_takes_a_preset_and_changes_to_it() -> None:
     assert load_config("debug").edit_config() == EDiTConfig.preset("local")
     assert load_config("debug", ["student={query: plain}"]).edit_config() == EDiTConfig.preset("local", query="plain")
     for student, part in (
-        ("{preset: linear}", "preset must be one of paper, sana, linfusion, kv_compression, local, not 'linear'"),
+        (
+            "{preset: linear}",
+            "preset must be one of paper, sana, linfusion, kv_compression, local, piecewise, not 'linear'",
+        ),
         ("{preset: sana, kv_stride: 1}", "kv_stride=1 has no meaning with key=plain"),
     ):
         with pytest.raises(EDiTConfigError, match=part):

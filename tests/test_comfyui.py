@@ -39,6 +39,14 @@ PIXART_SLOW = [
     )
 ]
 
+RELATIVES = [
+    "check_edit_changes_the_output_and_leaves_the_base_bit_equal",
+    "check_output_equals_diffusers",
+    "check_piecewise_needs_no_weights_and_nothing_is_loaded_for_it",
+    "check_the_nodes_that_take_a_model",
+    "test_diffusers_and_comfyui_give_the_same_output",
+]
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -66,7 +66,8 @@ def test_presets_differ_from_the_defaults_as_published() -> None:
     for name in PRESETS:
         config = EDiTConfig.preset(name)
         assert EDiTConfig.from_json(config.to_json()) == config
-        assert config.side_weights is (name != "sana")
+        assert config.side_weights is (name not in ("sana", "piecewise"))
+        assert config.needs_weights is (name != "piecewise")
     assert EDiTConfig.preset("sana", joint="hybrid") == EDiTConfig(query="plain", key="plain")
     with pytest.raises(EDiTConfigError, match=r"preset must be one of paper, .*, not 'edit'"):
         EDiTConfig.preset("edit")

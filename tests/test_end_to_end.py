@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -177,11 +178,11 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_same_student_draws_in_comfyui_through_the_shipped_workflow(
     backbone: str, trained: Callable[[str], Path], model_files: Path, server: Server
 ) -> None:
-    sides = f"{backbone}_sides.safetensors"
+    sides, whole = f"{backbone}_sides.safetensors", f"{backbone}_student.safetensors"
     if not (model_files / "edit" / sides).exists():  # the first of the servers
-        place(trained(backbone), backbone, model_files, sides)
+        place(trained(backbone), backbone, model_files, sides, whole)
     (plain,) = draw(server, backbone).values()
-    (drawn,) = draw(server, f"{backbone}_edit").values()
+    (drawn,) = draw(server, f"{backbone}_edit", edit_name=whole).values()
     assert drawn.shape == (HEIGHT, WIDTH, 3)
     assert drawn.std() > 10
     assert not np.array_equal(drawn, plain)
@@ -189,10 +190,11 @@ def test_the_same_student_draws_in_comfyui_through_the_shipped_workflow(
     assert not np.array_equal(less, drawn), "the student's changes of the base are lost"
 
 
-def place(folder: Path, backbone: str, model_files: Path, sides: str) -> None:
+def place(folder: Path, backbone: str, model_files: Path, sides: str, whole: str) -> None:
     """Puts teacher and student where the workflow looks for them, and the student without its changes of the base."""
     teacher = folder / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
-    name_files(model_files, backbone, teacher, folder / "student.safetensors")
+    name_files(model_files, backbone, teacher)
+    os.link(folder / "student.safetensors", model_files / "edit" / whole)
     student = EDiTWeights.load(folder / "student.safetensors")
     alone = {name: tensor for name, tensor in student.tensors.items() if not name.startswith("base.")}
     replace(student, tensors=alone).save(model_files / "edit" / sides)

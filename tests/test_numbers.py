@@ -36,11 +36,15 @@ grids = st.one_of(
 )
 
 
+SOFTMAX = ("softmax", "piecewise")
+"""Kernels whose logits are a softmax's, also between image tokens."""
+
+
 def config_of(preset: str, site: str = "self", exact: bool = False) -> EDiTConfig:
     """A preset with groups of two channels, and with the exact normaliser where it is asked for and known."""
     config = EDiTConfig.preset(preset)
     changes: dict[str, Any] = {"groups": 2} if {"conv_fusion", "separable"} & {config.query, config.key} else {}
-    if exact and site == "joint" and config.joint == "hybrid" and config.kernel != "softmax":
+    if exact and site == "joint" and config.joint == "hybrid" and config.kernel not in SOFTMAX:
         changes["normaliser"] = "exact"
     return EDiTConfig.preset(preset, **changes)
 
@@ -119,7 +123,7 @@ def test_lower_precision_rounds_but_does_not_break(
     preset: str, site: str, grid: tuple[int, int], dtype: torch.dtype, prompt: int, power: float, exact: bool
 ) -> None:
     config = config_of(preset, site, exact)
-    softmax = site == "joint" or config.kernel == "softmax"
+    softmax = site == "joint" or config.kernel in SOFTMAX
     module = build(site, config)
     # A softmax of large logits is as sharp as their rounding: beyond some size nothing is left to compare.
     scale = 10 ** min(power, 0.0 if softmax else 3.5)
@@ -154,7 +158,7 @@ def test_float16_holds_65536_tokens_of_extreme_activations(preset: str, site: st
     module = build(site, config)
     inputs = extreme(side * side, exact)
     fast = run(module, (side, side), *inputs, torch.float16)
-    if preset == "kv_compression":  # a softmax of such logits is as sharp as their rounding
+    if config.kernel in SOFTMAX:  # a softmax of such logits is as sharp as their rounding
         assert all(torch.isfinite(y).all() for y in fast)
     else:
         assert_close(fast, run(module, (side, side), *inputs), 5e-3)

@@ -275,7 +275,12 @@ def _attend(
     d, at = q.shape[-1], rows.flatten()
     k = torch.index_select(keys, 0, at, out=space("k", count * length, d)).view(count, length, d)
     logits = space("logits", count, q.shape[1], length)
-    logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5, out=logits)
+    if q.dtype == torch.float16:  # logits beyond its range would be infinite, and rows of them no numbers
+        most = torch.finfo(q.dtype).max
+        logits = torch.baddbmm(bias.new_zeros(1), q, k.transpose(1, 2), alpha=d**-0.5, out=logits)
+        logits = logits.clamp(-most, most) + bias if space.at_once else logits.clamp_(-most, most).add_(bias)
+    else:
+        logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5, out=logits)
     weights = torch.softmax(logits, -1, out=None if space.at_once else logits)
     v = torch.index_select(values, 0, at, out=space("v", count * length, d)).view(count, length, d)
     return torch.bmm(weights, v, out=out)

@@ -181,12 +181,14 @@ def draw(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """The pictures of a workflow, newly sampled, by the file name prefix that they were saved under.
 
-    `edit_name` are other EDiT weights than the workflow asks for; `whole` leaves its steps, sizes and seed as they are.
+    `edit_name` are EDiT weights for a workflow that has none or asks for others; `whole` leaves its steps, sizes and seed
+    as they are.
     """
     prompt = read_api(name) if whole else small(read_api(name), seed)
-    for node in prompt.values():
-        if edit_name and node["class_type"] == "EDiTLoadWeights":
-            node["inputs"]["edit_name"] = edit_name
+    if edit_name:
+        for node in [node for node in prompt.values() if node["class_type"] == "EDiTApply"]:
+            prompt["weights"] = {"class_type": "EDiTLoadWeights", "inputs": {"edit_name": edit_name}}
+            node["inputs"]["edit_weights"] = ["weights", 0]
     result = server.run(prompt)
     assert not result.cached & {key for key, node in prompt.items() if node["class_type"] == "KSampler"}
     return {node["inputs"]["filename_prefix"]: picture(server, result, key) for key, node in saves(prompt).items()}
