@@ -16,6 +16,8 @@ from world.table import METHODS, TEACHER
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASUREMENTS, TRAINING = ROOT / "docs" / "bench_cpu.json", ROOT / "docs" / "bench_training.json"
+LAYERS = ROOT / "docs" / "bench_piecewise.json"
+"""Of layers, with piecewise attention among the contenders."""
 WORLD, PIECEWISE = ROOT / "docs" / "world.json", ROOT / "docs" / "piecewise.json"
 SHOWN = {
     TEACHER: "the teacher's softmax",
@@ -74,8 +76,8 @@ def filled(readme: str) -> str:
     return between(between(readme, "bench", speed_table(measurements())), "quality", quality_table(rows))
 
 
-def measurements() -> list[Measurement]:
-    return [Measurement.from_json(data) for data in json.loads(MEASUREMENTS.read_text(encoding="utf-8"))]
+def measurements(path: Path = MEASUREMENTS) -> list[Measurement]:
+    return [Measurement.from_json(data) for data in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def speed_table(found: list[Measurement]) -> str:
@@ -100,7 +102,7 @@ def speed_table(found: list[Measurement]) -> str:
 
 def filled_speed(page: str) -> str:
     """The page about speed with all that was measured."""
-    return between(page, "bench", table(measurements()))
+    return between(between(page, "bench", table(measurements())), "piecewise", table(measurements(LAYERS)))
 
 
 def quality_table(rows: list[dict[str, Any]]) -> str:

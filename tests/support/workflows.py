@@ -181,7 +181,7 @@ def draw(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """The pictures of a workflow, newly sampled, by the file name prefix that they were saved under.
 
-    `edit_name` are EDiT weights for a workflow that has none or asks for others; `whole` leaves its steps, sizes and seed
+    `edit_name` are EDiT weights for a workflow that has none or asks for others; `whole` leaves steps, sizes and seed
     as they are.
     """
     prompt = read_api(name) if whole else small(read_api(name), seed)
