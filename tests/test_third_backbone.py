@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from support import comfy, pipelines, training
+from safetensors.torch import save_file
 from support.models import randomise
 
+FOUND = comfy.checkouts()
 WIDTH = 72
 DESCRIPTION = '''
-"""A transformer like PixArt's, that takes captions as they are."""
+"""A transformer like PixArt's, of a size of its own."""
 
 from ..attention import Projections
 from ..objective import Flow
 from .base import Backbone, Base, Condition, Real, attention_linears, count_blocks
 
-_BIAS = {"comfy": "layers.{}.mix.proj.bias", "diffusers": "transformer_blocks.{}.attn1.to_out.0.bias"}
+_BIAS = {"comfy": "blocks.{}.attn.proj.bias", "diffusers": "transformer_blocks.{}.attn1.to_out.0.bias"}
 
 
 class MadeUp(Backbone):
@@ -37,17 +39,19 @@ class MadeUp(Backbone):
     pipelines = ("PixArtSigmaPipeline",)
     parts = ("vae", "text_encoder", "tokenizer")
     conditions = (
-        Condition("prompt_embeds", "encoder_hidden_states", "prompt_embeds", "cross_attention_dim", "caption"),
+        Condition(
+            "prompt_embeds", "encoder_hidden_states", "prompt_embeds", "caption_channels", "y_embedder.y_proj.fc1"
+        ),
         Condition("prompt_mask", "encoder_attention_mask", "prompt_attention_mask"),
     )
     limits = {"tokenizer": ("T5's 11 tokens", 11)}
-    comfy_arguments = ("x",)
-    comfy_harmless = frozenset({"x", "transformer_options"})
+    comfy_arguments = ("x", "mask", "HW", "block_id")
+    comfy_harmless = frozenset({"x", "HW", "block_id", "transformer_options"})
 
     def match(self, shapes):
         for host, bias in _BIAS.items():
             depth = count_blocks(shapes, bias)
-            if depth and "caption_projection.linear_1.bias" not in shapes and "context_embedder.bias" not in shapes:
+            if depth and "context_embedder.bias" not in shapes:
                 return Base(self, host, shapes[bias.format(0)][0], (("self",),) * depth)
         return None
 
@@ -60,7 +64,7 @@ class MadeUp(Backbone):
     def model_options(self, blocks, side):
         return {
             "num_layers": blocks, "num_attention_heads": 4, "attention_head_dim": 18, "cross_attention_dim": 72,
-            "caption_channels": None, "out_channels": 4, "sample_size": 64, "use_additional_conditions": False,
+            "caption_channels": 72, "out_channels": 4, "sample_size": 64, "use_additional_conditions": False,
         }
 
     def call_arguments(self, latent, timestep, condition, device):
@@ -77,7 +81,7 @@ class MadeUp(Backbone):
         return super().draw_arguments(condition, negative) | {"negative_prompt": None, "use_resolution_binning": False}
 
     def comfy_path(self, block):
-        return f"layers.{block}.mix"
+        return f"blocks.{block}.attn"
 
     def comfy_image_tokens(self, x, *args, **kwargs):
         return x.shape[1]
@@ -117,7 +121,7 @@ assert torch.equal(model(**inputs)[0], before)
 def build(folder: Path) -> Path:
     """A whole pipeline of it, and pictures."""
     transformer: Any = PixArtTransformer2DModel(
-        num_layers=2, num_attention_heads=4, attention_head_dim=18, cross_attention_dim=WIDTH, caption_channels=None,
+        num_layers=2, num_attention_heads=4, attention_head_dim=18, cross_attention_dim=WIDTH, caption_channels=WIDTH,
         out_channels=4, sample_size=64, use_additional_conditions=False,
     )  # fmt: skip
     randomise(transformer, 0)
@@ -134,11 +138,21 @@ def build(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What every command said, in a copy of the package with one file more, in a process of its own."""
-    folder = build(tmp_path_factory.mktemp("made_up"))
-    shutil.copytree(comfy.PACK / "edit_core", folder / "edit_core", ignore=shutil.ignore_patterns("__pycache__"))
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the pack with one file more, and without PixArt's, whose tensors the made-up one has."""
+    folder = tmp_path_factory.mktemp("pack")
+    without = shutil.ignore_patterns("__pycache__", "pixart_*.py")
+    for part in ("edit_core", "nodes", "locales", "web"):
+        shutil.copytree(comfy.PACK / part, folder / part, ignore=without)
+    shutil.copy(comfy.PACK / "__init__.py", folder)
     (folder / "edit_core" / "backbones" / "made_up.py").write_text(DESCRIPTION)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What every command said, in a process of its own."""
+    folder = build(tmp_path_factory.mktemp("made_up"))
     student = ["--weights", "student.safetensors"]
     run = [
         "model=model", "cache=cache", "output=run", "device=cpu",
@@ -164,7 +178,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         ["bench", "--backbone", "made_up", "--sizes", "128", "--repeats", "1", "--contenders", "teacher", "paper",
          "--verify", "--level", "layer", "transformer"],
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(folder), "XDG_CACHE_HOME": str(folder)}
+    environment = {**os.environ, "PYTHONPATH": str(pack), "XDG_CACHE_HOME": str(folder)}
     process = subprocess.run(
         [sys.executable, "-c", CHILD], input=json.dumps(commands), cwd=folder, env=environment, capture_output=True,
         text=True,
@@ -194,3 +208,16 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 )
 def test_a_third_backbone_is_one_new_file(command: str, part: str, said: dict[str, list[str]]) -> None:
     assert part in said[command][0], said[command][0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FOUND, reason=comfy.NO_COMFYUI)
+def test_a_third_backbone_works_in_comfyui(pack: Path, tmp_path: Path) -> None:
+    models_folder, check = tmp_path / "models" / "diffusion_models", "check_the_made_up_one_in_all_nodes[made_up]"
+    models_folder.mkdir(parents=True)
+    model = comfy.base_model("pixart_sigma")  # whose tensors ComfyUI has a class for
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, models_folder / "made_up.safetensors")
+    script, newest = Path(__file__).parent / "comfyui" / "made_up.py", max(FOUND, key=comfy.version)
+    outcome = comfy.run_checks(script, newest, tmp_path, check, pack=pack)[check]
+    assert outcome["ok"], outcome["error"]
+    assert "Made-Up" in outcome["figures"]["table"], outcome["figures"]

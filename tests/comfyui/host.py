@@ -194,12 +194,12 @@ async def load_nodes() -> None:
         await nodes.load_custom_node(str(CHECKOUT / "comfy_extras" / extra), module_parent="comfy_extras")
 
 
-def main(names: dict[str, Any]) -> None:
-    """Runs every check among the names for both backbones, and writes the results."""
+def main(names: dict[str, Any], backbones: tuple[str, ...] = BACKBONES) -> None:
+    """Runs every check among the names for all backbones, and writes the results."""
     logging.getLogger().setLevel(logging.INFO)  # as main.py does
     folder_paths.add_model_folder_path("diffusion_models", str(FILES))
     asyncio.run(load_nodes())
-    cells = [(name, b) for name in names if name.startswith("check_") for b in BACKBONES]
+    cells = [(name, b) for name in names if name.startswith("check_") for b in backbones]
     results = {}
     for name, b in cells:
         if ONLY and f"{name}[{b}]" not in ONLY:

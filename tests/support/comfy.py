@@ -61,14 +61,15 @@ def interpreter(checkout: Path) -> str:
     return str(next((p for p in places if p.is_file()), sys.executable))
 
 
-def run_checks(script: Path, checkout: Path, base: Path, *only: str) -> dict[str, Any]:
+def run_checks(script: Path, checkout: Path, base: Path, *only: str, pack: Path = PACK) -> dict[str, Any]:
     """What the checks of a script in `comfyui/` gave, run inside a ComfyUI with this base directory; by check.
 
     Args:
         only: the checks to run, each as `check_name[backbone]`; none for all.
+        pack: what the ComfyUI loads as the pack.
     """
     models_folder = base / "models/diffusion_models"
-    command = [interpreter(checkout), script, checkout, base, PACK, models_folder, *only]
+    command = [interpreter(checkout), script, checkout, base, pack, models_folder, *only]
     process = subprocess.run(command, capture_output=True, text=True, cwd=base)
     written = base / "results.json"
     assert written.is_file(), process.stdout[-3000:] + process.stderr[-3000:]
